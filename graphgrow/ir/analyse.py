@@ -1,0 +1,511 @@
+"""Axis analysis: run a graph once in each mode, node by node, and relate every dim to axes.
+
+The run happens under a dispatch mode, so every module and function is seen as the ATen operators it
+decomposes into; `rules` has a row for each. What comes out is an `Analysis`: the layouts of all
+tensors over named axes, and the `Step`s that a proof follows.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from graphgrow.errors import UnsupportedOp
+from graphgrow.ir import layout
+from graphgrow.ir.assemble import assemble
+from graphgrow.ir.layout import ONE, Atom, Composition, Layout, Misaligned, freeze, fresh, settle
+from graphgrow.ir.rules import KERNEL, SPATIAL, Call, Dims, Kind, Outcome, Row, row_of
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Stands for the input tensor with this number in a step's arguments."""
+
+    number: int
+
+
+@dataclass(frozen=True)
+class Source:
+    """The parameter or buffer whose entries a value holds, moved but not computed with.
+
+    `dims` has the dim of the tensor for each dim of the value, None where a reshape mixed them.
+    """
+
+    path: str
+    dims: tuple[int, ...] | None
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One ATen call of a run: operator, values in and out, and what it does with axes.
+
+    `contracted` maps an input slot and dim to the axes that are summed over there; `batched` are
+    axes that both factors of a contraction keep.
+    """
+
+    mode: str
+    node: str
+    where: str
+    func: torch._ops.OpOverload
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    row: Row
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    contracted: Mapping[tuple[int, int], frozenset[str]] = field(default_factory=dict)
+    batched: frozenset[str] = frozenset()
+    bias: int | None = None
+    border: bool = False
+
+
+@dataclass(frozen=True)
+class ParameterDim:
+    """One dim of a parameter or buffer."""
+
+    path: str
+    dim: int
+
+    def __str__(self) -> str:
+        return f"{self.path}[{self.dim}]"
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A set of units that is indexed together wherever it appears.
+
+    `producers` are parameter dims that write it, `consumers` those contracted over it, `carriers`
+    per-unit parameters and buffers (bias, normalisation, depthwise filters). New units come in
+    multiples of `multiple`. `obstacle` says why the width cannot change, None where it can.
+    """
+
+    name: str
+    width: int
+    multiple: int
+    producers: tuple[ParameterDim, ...]
+    consumers: tuple[ParameterDim, ...]
+    carriers: tuple[ParameterDim, ...]
+    obstacle: str | None
+
+
+@dataclass(frozen=True, eq=False)
+class Analysis:
+    """The layouts of a graph's tensors, its axes in topological order, and its steps."""
+
+    axes: Mapping[str, Axis]
+    state: Mapping[str, tuple[Layout, ...]]
+    nodes: Mapping[tuple[str, str], Any]
+    values: tuple[tuple[Layout, ...], ...]
+    sources: Mapping[int, Source]
+    steps: tuple[Step, ...]
+    unknown: Mapping[str, int]
+
+    def widths(self) -> dict[str, int]:
+        """Return the width of every axis by name."""
+        return {name: axis.width for name, axis in self.axes.items()}
+
+
+def analyse(graph: Any) -> Analysis:
+    """Return the analysis of a graph: one run in each mode on its example inputs.
+
+    Raises:
+        UnsupportedOp: where the graph does not run on its example inputs.
+    """
+    watch = _Watch(graph.state)
+    for mode in ("train", "eval"):
+        _run(watch, graph, mode)
+    return _Settled(watch, graph).analysis()
+
+
+def _run(watch: _Watch, graph: Any, mode: str) -> None:
+    tree = assemble(graph.modules, graph.leaves, watch.state)
+    tree.train(mode == "train")
+    watch.mode = mode
+    structure = graph.train if mode == "train" else graph.eval
+    interpreter = _Interpreter(tree, structure, watch)
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            interpreter.run(*tree_map(_copied, graph.example))
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+
+
+def _copied(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+class _Interpreter(fx.Interpreter):
+    """Runs a graph node by node and tells the watch which node runs."""
+
+    def __init__(self, tree: nn.Module, structure: fx.Graph, watch: _Watch) -> None:
+        super().__init__(tree, graph=structure)
+        self.extra_traceback = False
+        self.watch = watch
+
+    def run_node(self, n: fx.Node) -> Any:
+        self.watch.enter(n, self.submodules.get(n.target) if n.op == "call_module" else None)
+        if n.op == "placeholder":
+            result = super().run_node(n)
+            self.watch.input(n, result)
+        elif n.op == "output":
+            result = super().run_node(n)
+            self.watch.output(result)
+        else:
+            with self.watch:
+                result = super().run_node(n)
+        self.watch.leave(n, result)
+        return result
+
+
+class _Watch(TorchDispatchMode):
+    """Sees every ATen call of a run and relates the layouts of what goes in and comes out."""
+
+    def __init__(self, state: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.mode = self.where = self.node = ""
+        self.dims: list[Dims] = []
+        self.steps: list[tuple[Step, Outcome]] = []
+        self.sources: dict[int, Source] = {}
+        self.nodes: dict[tuple[str, str], Any] = {}
+        self.unknown: dict[str, int] = {}
+        self.numbers: dict[int, tuple[weakref.ref[Tensor], int]] = {}
+        self.storages: dict[int, list[weakref.ref[Tensor]]] = {}
+        self.state = _with_own_buffers(state)
+        for path, tensor in self.state.items():
+            if id(tensor) not in self.numbers:
+                number = self.see(tensor, [fresh(n) for n in tensor.shape])
+                self.sources[number] = Source(path, tuple(range(tensor.dim())))
+
+    # values
+
+    def see(self, tensor: Tensor, dims: Dims) -> int:
+        """Give `tensor` the next number as its present value."""
+        self.dims.append(dims)
+        self.numbers[id(tensor)] = weakref.ref(tensor), len(self.dims) - 1
+        if tensor.layout is torch.strided and id(tensor) not in self._aliases(tensor):
+            key = tensor.untyped_storage()._cdata
+            self.storages[key] = [*self._live(key), weakref.ref(tensor)]
+        return len(self.dims) - 1
+
+    def _live(self, key: int) -> list[weakref.ref[Tensor]]:
+        return [r for r in self.storages.get(key, []) if r() is not None]
+
+    def _aliases(self, tensor: Tensor) -> dict[int, Tensor]:
+        refs = self._live(tensor.untyped_storage()._cdata)
+        return {id(t): t for r in refs if (t := r()) is not None}
+
+    def number(self, tensor: Tensor) -> int:
+        """Return the present value's number; a tensor never seen has fixed dims."""
+        found = self.numbers.get(id(tensor))
+        if found is None or found[0]() is not tensor:
+            return self.see(tensor, [fresh(n, "is fixed by a constant") for n in tensor.shape])
+        return found[1]
+
+    def of(self, tensor: Tensor) -> Dims:
+        """Return the layouts of the dims of a tensor."""
+        return self.dims[self.number(tensor)]
+
+    # nodes
+
+    def enter(self, n: fx.Node, module: nn.Module | None) -> None:
+        """Note which node runs, in words."""
+        self.node = n.name
+        if module is not None:
+            self.where = f"{type(module).__name__} '{n.target}'"
+        else:
+            name = n.target if isinstance(n.target, str) else getattr(n.target, "__name__", "?")
+            owner = n.meta.get("module")
+            self.where = f"{name} in '{owner}'" if owner else f"'{name}'"
+
+    def leave(self, n: fx.Node, result: Any) -> None:
+        """Note the value of a node that ran: numbers for tensors, plain values for the rest."""
+        self.nodes[self.mode, n.name] = tree_map(self._noted, result)
+
+    def _noted(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return Slot(self.number(value))
+        return value
+
+    def input(self, n: fx.Node, result: Any) -> None:
+        """Freeze the dims of the graph's inputs."""
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                for d, parts in enumerate(self.of(tensor)):
+                    freeze(parts, f"is fixed by dim {d} of the input '{n.target}'")
+                    for atom in layout.leaves(parts):
+                        atom.frozen = f"is fixed by dim {d} of the input '{n.target}'"
+
+    def output(self, result: Any) -> None:
+        """Freeze the dims of the graph's outputs."""
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                for d, parts in enumerate(self.of(tensor)):
+                    freeze(parts, f"is dim {d} of the model's output")
+
+    # calls
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        written = _written(func, args, kwargs)
+        inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        numbers = tuple(self.number(t) for t in inputs)
+        out = func(*args, **kwargs)
+        outs = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+        row = row_of(func)
+        outcome = self._relate(Call(func, args, kwargs, outs, self.of), row)
+        made = tuple(self.see(t, d) for t, d in zip(outs, outcome.outs, strict=True))
+        self._step(func, args, kwargs, row, outcome, numbers, made)
+        for tensor in written:
+            self._rewritten(func, tensor)
+        return out
+
+    def _relate(self, call: Call, row: Row | None) -> Outcome:
+        try:
+            if row is None:
+                name = str(call.func.overloadpacket)
+                self.unknown[name] = self.unknown.get(name, 0) + bool(call.tensors())
+                raise Misaligned(f"no rule is known for the operator '{name}'")
+            return self._checked(call, row.relate(call))
+        except Misaligned as error:
+            return self._opaque(call, str(error))
+
+    def _checked(self, call: Call, outcome: Outcome) -> Outcome:
+        for out, dims in zip(call.outs, outcome.outs, strict=True):
+            sizes = [layout.size_of(parts) for parts in dims]
+            if sizes != list(out.shape):
+                raise Misaligned(f"the rule of '{call.func}' gives sizes {sizes}")
+        return outcome
+
+    def _opaque(self, call: Call, reason: str) -> Outcome:
+        for tensor in call.tensors():
+            for parts in self.of(tensor):
+                freeze(parts, f"cannot be followed through {self.where}: {reason}")
+        why = f"comes out of {self.where}"
+        return Outcome([[fresh(n, why) if n != 1 else ONE for n in o.shape] for o in call.outs])
+
+    def _step(
+        self,
+        func: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        row: Row | None,
+        outcome: Outcome,
+        inputs: tuple[int, ...],
+        made: tuple[int, ...],
+    ) -> None:
+        if row is None:
+            return
+        counter = iter(range(len(inputs)))
+        template = tree_map(
+            lambda t: Slot(next(counter)) if isinstance(t, Tensor) else t, (args, kwargs)
+        )
+        step = Step(self.mode, self.node, self.where, func, *template, row, inputs, made,
+                    bias=outcome.bias, border=outcome.border)
+        self.steps.append((step, outcome))
+        if row.kind is Kind.MOVE and len(inputs) == 1:
+            self._follow_source(func, step)
+
+    def _follow_source(self, func: Any, step: Step) -> None:
+        source = self.sources.get(step.inputs[0])
+        if source is None or step.row.keeps != "any":
+            return
+        before, name = self.dims[step.inputs[0]], func.overloadpacket.__name__
+        for made in step.outputs:
+            self.sources[made] = Source(source.path, _moved(source, name, step.args, len(before)))
+
+    def _rewritten(self, func: Any, tensor: Tensor) -> None:
+        """Give every other live view of what was written in place a value of unknown content."""
+        for other in self._aliases(tensor).values():
+            if other is not tensor:
+                before = self.number(other)
+                after = self.see(other, self.dims[before])
+                row = Row(_no_relation, Kind.RANDOM)
+                inputs = (before, self.number(tensor))
+                step = Step(self.mode, self.node, self.where, func, (), {}, row, inputs, (after,))
+                self.steps.append((step, Outcome([self.dims[before]])))
+
+
+def _no_relation(c: Call) -> Outcome:
+    raise AssertionError("a rewritten view is related to nothing anew")
+
+
+def _moved(
+    source: Source, name: str, args: tuple[Any, ...], count: int
+) -> tuple[int, ...] | None:
+    """Return the tensor's dim for each dim of a moved value, None where that is not known."""
+    dims = source.dims
+    if dims is None or len(dims) != count:
+        return None
+    if name in ("t", "transpose") and count > 1:
+        swapped, (i, j) = list(dims), (0, 1) if name == "t" else args[1:3]
+        swapped[i], swapped[j] = swapped[j], swapped[i]
+        return tuple(swapped)
+    if name == "permute":
+        return tuple(dims[i] for i in args[1])
+    return dims if name in ("detach", "alias", "clone", "_to_copy", "lift_fresh", "t") else None
+
+
+def _with_own_buffers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the state with buffers copied, since a run in train mode writes to them."""
+    copies: dict[int, Tensor] = {}
+    out: dict[str, Tensor] = {}
+    for path, tensor in state.items():
+        if isinstance(tensor, nn.Parameter):
+            out[path] = tensor
+        else:
+            out[path] = copies.setdefault(id(tensor), tensor.detach().clone())
+    return out
+
+
+def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """Return the tensors that an operator writes in place, by its schema."""
+    named = list(zip(func._schema.arguments, args, strict=False))
+    named += [(a, kwargs[a.name]) for a in func._schema.arguments if a.name in kwargs]
+    return [
+        t
+        for a, value in named
+        if a.alias_info is not None and a.alias_info.is_write
+        for t in tree_leaves(value)
+        if isinstance(t, Tensor)
+    ]
+
+
+class _Settled:
+    """Names the axes of a finished watch and writes its facts as values."""
+
+    def __init__(self, watch: _Watch, graph: Any) -> None:
+        self.watch, self.graph = watch, graph
+        self.roles: dict[Atom, dict[ParameterDim, str]] = {}
+        self.names: dict[Atom, str] = {}
+        self.taken: set[str] = set()
+
+    def analysis(self) -> Analysis:
+        self._collect_roles()
+        self._name_axes()
+        settled: dict[int, Layout] = {}
+
+        def value(parts: Composition) -> Layout:
+            if id(parts) not in settled:
+                settled[id(parts)] = settle(parts, self._label)
+            return settled[id(parts)]
+
+        values = tuple(tuple(value(p) for p in dims) for dims in self.watch.dims)
+        state = {
+            path: values[self.watch.number(tensor)] if tensor.dim() else ()
+            for path, tensor in self._first_values()
+        }
+        return Analysis(
+            axes={name: self._axis(atom, name) for atom, name in self.names.items()},
+            state=state,
+            nodes=self.watch.nodes,
+            values=values,
+            sources=self.watch.sources,
+            steps=tuple(self._step(step, outcome) for step, outcome in self.watch.steps),
+            unknown=self.watch.unknown,
+        )
+
+    def _first_values(self) -> Iterator[tuple[str, Tensor]]:
+        yield from self.watch.state.items()
+
+    def _label(self, atom: Atom) -> str | int:
+        return self.names.get(atom, atom.size)
+
+    def _collect_roles(self) -> None:
+        for step, outcome in self.watch.steps:
+            for slot, number in enumerate(step.inputs):
+                source = self.watch.sources.get(number)
+                if source is not None and step.row.kind is not Kind.MOVE:
+                    self._add_roles(step, outcome, slot, source)
+        for path, tensor in self.watch.state.items():
+            for d, parts in enumerate(self.watch.of(tensor)):
+                for atom in layout.leaves(parts):
+                    self.roles.setdefault(atom, {}).setdefault(ParameterDim(path, d), "carrier")
+
+    def _add_roles(self, step: Step, outcome: Outcome, slot: int, source: Source) -> None:
+        tensor = self.watch.state[source.path]
+        over = {c.dim: set(layout.leaves(c.over)) for c in outcome.contracted if c.slot == slot}
+        summed = set().union(*over.values()) if over else set()
+        batched = set(layout.leaves(outcome.batched))
+        first = self.watch.of(tensor)
+        for d, parts in enumerate(first):
+            for atom in layout.leaves(parts):
+                at = source.dims.index(d) if source.dims and d in source.dims else None
+                here = over.get(at, set()) if at is not None else summed
+                role = _role(step, slot, atom in here, atom in batched)
+                known = self.roles.setdefault(atom, {})
+                key = ParameterDim(source.path, d)
+                if _RANK[role] > _RANK.get(known.get(key, ""), -1):
+                    known.pop(key, None)
+                    known[key] = role
+
+    def _name_axes(self) -> None:
+        for wanted in ("producer", "consumer", "carrier"):
+            for atom, roles in self.roles.items():
+                if atom in self.names or not _is_axis(atom):
+                    continue
+                key = next((k for k, role in roles.items() if role == wanted), None)
+                if key is not None:
+                    self.names[atom] = self._name(atom, key, wanted)
+        order = {atom: i for i, atom in enumerate(self.roles)}
+        self.names = dict(sorted(self.names.items(), key=lambda item: order[item[0]]))
+
+    def _name(self, atom: Atom, key: ParameterDim, role: str) -> str:
+        owner = key.path.rpartition(".")[0]
+        taken = self.taken
+        parts = self.watch.of(self.watch.state[key.path])[key.dim]
+        inside = list(layout.leaves(parts))
+        place = "" if inside == [atom] else f"[{inside.index(atom)}]"
+        base = owner if role == "producer" and owner in self.graph.leaves else key.path
+        choices = [f"{base}{place}", f"{key.path}{place}", f"{key.path}.{key.dim}{place}"]
+        if role != "producer":
+            choices = choices[2:]
+        name = next((c for c in choices if c not in taken), f"{key.path}.{key.dim}:{len(taken)}")
+        taken.add(name)
+        return name
+
+    def _axis(self, atom: Atom, name: str) -> Axis:
+        def of(role: str) -> tuple[ParameterDim, ...]:
+            return tuple(k for k, r in self.roles[atom].items() if r == role)
+
+        obstacle = None
+        if atom.frozen:
+            obstacle = f"cannot widen axis '{name}' ({atom.size} units): it {atom.frozen}"
+        return Axis(name, atom.size, 1, of("producer"), of("consumer"), of("carrier"), obstacle)
+
+    def _step(self, step: Step, outcome: Outcome) -> Step:
+        contracted = {(c.slot, c.dim): self._named(c.over) for c in outcome.contracted}
+        made = dict(step.__dict__, contracted=contracted, batched=self._named(outcome.batched))
+        return Step(**made)
+
+    def _named(self, parts: Composition) -> frozenset[str]:
+        return frozenset(self.names[a] for a in layout.leaves(parts) if a in self.names)
+
+
+def _is_axis(atom: Atom) -> bool:
+    """Return whether an unbound atom is a set of units, not a size that is part of a shape."""
+    return atom.frozen not in (KERNEL, SPATIAL, layout.ONE_ONLY) and atom.size > 0
+
+
+_RANK = {"carrier": 0, "producer": 1, "consumer": 2}
+
+
+def _role(step: Step, slot: int, contracted: bool, batched: bool) -> str:
+    if step.row.kind is Kind.GATHER and slot == 0:
+        return "producer"
+    if step.row.kind is not Kind.CONTRACT or slot == step.bias:
+        return "carrier"
+    if contracted:
+        return "consumer"
+    return "carrier" if batched else "producer"
+
+
