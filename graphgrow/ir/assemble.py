@@ -1,9 +1,11 @@
-"""A fresh tree of modules from templates and tensors: same paths, same keys, no user code but leaves."""
+"""A fresh tree of modules from templates and tensors: same paths and keys, user code in leaves."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from types import MethodType
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -13,34 +15,61 @@ def assemble(
 ) -> nn.Module:
     """Return a module tree with the paths of `modules` whose parameters and buffers are `state`.
 
-    A path in `leaves` becomes a shallow copy of its template: class, attributes and hooks stay.
-    Every other path becomes a plain container. A template that occurs at several paths becomes one
-    module at all of them, and a tensor that occurs at several paths stays tied.
+    A path in `leaves`, what lies below one and torch's own layers become shallow copies of their
+    templates: class, attributes and hooks stay. Every other path becomes a plain container. A
+    template that occurs at several paths becomes one module at all of them, and a tensor that
+    occurs at several paths stays tied.
     """
+    kept = _kept(modules, leaves)
     built: dict[int, nn.Module] = {}
     tree: dict[str, nn.Module] = {}
-    for path in sorted(modules, key=lambda p: (p.count(".") if p else -1, p)):
+    for path in sorted(modules, key=_depth):  # parents first; siblings in the order given
         template = modules[path]
         if id(template) not in built:
-            built[id(template)] = shell(template, keep_class=path in leaves)
+            built[id(template)] = shell(template, keep_class=id(template) in kept)
         tree[path] = built[id(template)]
         if path:
             owner, _, name = path.rpartition(".")
             tree[owner]._modules[name] = tree[path]
+    fresh: dict[int, Any] = {key: built[key] for key in kept}
     for path, tensor in state.items():
         owner, _, name = path.rpartition(".")
+        old = modules[owner]._parameters.get(name), modules[owner]._buffers.get(name)
+        fresh.update({id(before): tensor for before in old if before is not None})
         place(tree[owner], name, tensor)
+    for key, module in built.items():
+        if key in kept:
+            redirect(module, fresh)
+        else:
+            _drop_missing(module)
     return tree[""]
+
+
+def _kept(modules: Mapping[str, nn.Module], leaves: frozenset[str]) -> set[int]:
+    """Return the templates, by id, that keep their class: at one of their paths suffices."""
+    tops = {p for p, m in modules.items() if p in leaves or (p and is_torch_leaf(m))}
+    return {id(module) for path, module in modules.items() if not tops.isdisjoint(_above(path))}
+
+
+def _above(path: str) -> Iterator[str]:
+    """Yield `path` and the paths of all modules that hold it, the root's "" last."""
+    while path:
+        yield path
+        path = path.rpartition(".")[0]
+    yield ""
+
+
+def _depth(path: str) -> int:
+    return path.count(".") + 1 if path else 0
 
 
 def shell(template: nn.Module, *, keep_class: bool) -> nn.Module:
     """Return a copy of `template` without tensors and children: its own class, or a container."""
     if keep_class:
-        made = template.__class__.__new__(template.__class__)
-        made.__dict__.update(template.__dict__)
-        for table in _TABLES_OF_HOOKS:
-            if table in made.__dict__:
-                made.__dict__[table] = copy.copy(made.__dict__[table])
+        made = object.__new__(type(template))
+        made.__dict__.update({name: _unshared(value) for name, value in vars(template).items()})
+        # a compiled call is bound to the template and would run its tensors
+        made.__dict__.pop("_compiled_call_impl", None)
     else:
         made = nn.Module()
         made.training = template.training
@@ -51,18 +80,67 @@ def shell(template: nn.Module, *, keep_class: bool) -> nn.Module:
     return made
 
 
-_TABLES_OF_HOOKS = tuple(name for name in nn.Module().__dict__ if name.endswith("_hooks"))
+def _unshared(value: Any) -> Any:
+    """Return `value`, copied one level deep where it is a table that could be written to."""
+    return copy.copy(value) if isinstance(value, (list, dict, set)) else value
+
+
+def _drop_missing(container: nn.Module) -> None:
+    """Take out the names whose modules are gone: only a leaf's own code could ask for them."""
+    for name in [name for name, child in container._modules.items() if child is None]:
+        del container._modules[name]
 
 
 def place(module: nn.Module, name: str, tensor: Tensor) -> None:
     """Put `tensor` into `module` under `name`, as a parameter or as a buffer."""
+    module.__dict__.pop(name, None)  # a plain attribute would hide it
     if isinstance(tensor, nn.Parameter):
         module._buffers.pop(name, None)
+        module._non_persistent_buffers_set.discard(name)
         module._parameters[name] = tensor
-    else:
-        if name not in module._buffers:
-            module._non_persistent_buffers_set.add(name)
-        module._buffers[name] = tensor
+        return
+    if name in module._parameters:
+        del module._parameters[name]
+    elif name not in module._buffers:
+        module._non_persistent_buffers_set.add(name)
+    module._buffers[name] = tensor
+
+
+def redirect(module: nn.Module, fresh: Mapping[int, Any]) -> None:
+    """Let attributes of `module` that refer to an object of `fresh`, by id, refer to its value.
+
+    Layers keep such references beside their tables: a list of flat weights, a hook bound to them.
+    """
+    for name, value in vars(module).items():
+        if name not in ("_parameters", "_buffers", "_modules"):
+            module.__dict__[name] = _moved(value, fresh)
+    if isinstance(module, nn.RNNBase):
+        module._init_flat_weights()  # holds weak references, too
+
+
+def _moved(value: Any, fresh: Mapping[int, Any]) -> Any:
+    """Return `value` with what it refers to replaced, or `value` itself if nothing is."""
+    if id(value) in fresh:
+        return fresh[id(value)]
+    if isinstance(value, MethodType) and id(value.__self__) in fresh:
+        return MethodType(value.__func__, fresh[id(value.__self__)])
+    if type(value) is list or type(value) is tuple:
+        items = [_moved(item, fresh) for item in value]
+        return value if _same(items, value) else type(value)(items)
+    if isinstance(value, dict):
+        items = {key: _moved(item, fresh) for key, item in value.items()}
+        return value if _same(items.values(), value.values()) else _updated(value, items)
+    return value
+
+
+def _same(new: Iterable[Any], old: Iterable[Any]) -> bool:
+    return all(a is b for a, b in zip(new, old, strict=True))
+
+
+def _updated(table: dict[Any, Any], items: dict[Any, Any]) -> dict[Any, Any]:
+    made = copy.copy(table)
+    made.update(items)
+    return made
 
 
 def tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
