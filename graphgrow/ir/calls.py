@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -10,27 +10,43 @@ from torch import Tensor, fx
 
 _METHODS = {
     function: name
-    for name in reversed(dir(Tensor))
+    for name in reversed(dir(Tensor))  # a plain name wins over a dunder of the same function
     if callable(function := getattr(Tensor, name)) and not isinstance(function, type)
 }
+_SIZES = frozenset(
+    {Tensor.size, Tensor.numel, Tensor.nelement, torch.numel, getattr(Tensor.shape, "__get__")}  # noqa: B009
+)
 _READS = frozenset(
     "__bool__ __int__ __float__ __complex__ __index__ __contains__ item tolist numpy __array__ "
     "__dlpack__ is_nonzero equal allclose".split()
 )
 _RANDOM = ("rand", "bernoulli", "dropout", "normal", "uniform", "multinomial", "poisson")
 _UPDATES = ("batch_norm", "instance_norm")
+_SIZED_BY_VALUES = frozenset(
+    "nonzero argwhere masked_select unique unique_consecutive bincount repeat_interleave one_hot "
+    "_unique2".split()
+)
+_SIZED_BY_FIRST = frozenset(
+    "index_add index_put index_copy index_fill scatter scatter_add scatter_reduce "
+    "masked_scatter reshape_as view_as expand_as".split()
+)
 
 
 def spell(function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[str, Any, tuple[Any, ...]]:
     """Return op, target and arguments of the node that calls `function` with `args`."""
     if function.__name__ == "__get__":
-        name = function.__self__.__name__  # pyright: ignore[reportFunctionMemberAccess]
-        if name == "data":
+        attribute = getattr(function, "__self__").__name__  # noqa: B009
+        if attribute == "data":
             return "call_method", "detach", args[:1]
-        return "call_function", getattr, (args[0], name)
+        return "call_function", getattr, (args[0], attribute)
     if function in _METHODS:
         return "call_method", _METHODS[function], args
     return "call_function", function, args
+
+
+def is_size(function: Callable[..., Any]) -> bool:
+    """Return whether `function` gives sizes of a tensor: all, one, or their product."""
+    return function in _SIZES
 
 
 def reads_values(function: Callable[..., Any]) -> bool:
@@ -38,10 +54,36 @@ def reads_values(function: Callable[..., Any]) -> bool:
     return function.__name__ in _READS
 
 
-def in_place(name: str, kwargs: dict[str, Any]) -> bool:
+def writes(name: str, kwargs: Mapping[str, Any]) -> bool:
     """Return whether a call of `name` with `kwargs` writes into one of its arguments."""
-    writes = name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
-    return writes or kwargs.get("out") is not None or kwargs.get("inplace") is True
+    in_place = name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
+    return in_place or kwargs.get("out") is not None or kwargs.get("inplace") is True
+
+
+def sized_by_values(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Return whether the size of what `name` returns depends on the values of its tensors."""
+    if name in ("where", "repeat_interleave", "one_hot"):
+        known = {"where": 3, "repeat_interleave": 4, "one_hot": 2}[name]
+        return len(args) + len(kwargs) < known and not _repeats_by_number(name, args, kwargs)
+    if name == "__getitem__":
+        index = args[1] if isinstance(args[1], tuple) else (args[1],)
+        return any(isinstance(i, Tensor) and i.dtype in (torch.bool, torch.uint8) for i in index)
+    return name in _SIZED_BY_VALUES
+
+
+def _repeats_by_number(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    repeats = kwargs.get("repeats", args[1] if len(args) > 1 else None)
+    return name == "repeat_interleave" and isinstance(repeats, int)
+
+
+def sized_by_first(name: str) -> bool:
+    """Return whether the result of `name` has the size of its first argument alone."""
+    return name in _SIZED_BY_FIRST
+
+
+def is_random(node: fx.Node) -> bool:
+    """Return whether `node` draws random numbers."""
+    return any(word in _name(node) for word in _RANDOM)
 
 
 def is_needed(node: fx.Node) -> bool:
@@ -50,13 +92,8 @@ def is_needed(node: fx.Node) -> bool:
         return True
     if node.op == "get_attr":
         return False
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return in_place(name, node.kwargs) or name.endswith(_UPDATES) or any(w in name for w in _RANDOM)
+    return writes(_name(node), node.kwargs) or _name(node).endswith(_UPDATES) or is_random(node)
 
 
-def is_size(function: Callable[..., Any]) -> bool:
-    """Return whether `function` gives sizes of a tensor: all, one, or their product."""
-    return function in _SIZES
-
-
-_SIZES = frozenset({Tensor.size, Tensor.numel, Tensor.nelement, torch.numel, Tensor.shape.__get__})  # pyright: ignore
+def _name(node: fx.Node) -> str:
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")

@@ -11,21 +11,26 @@ from torch import fx
 
 
 class Tape(Protocol):
-    """What a number needs of its recorder: to say how it was computed from other numbers."""
+    """What a number needs of its recorder."""
 
     def number(self, value: Any, op: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         """Return `value`, carrying a node that computes it as `op(*args)` while recording."""
+        ...
+
+    def refuse_branch(self) -> None:
+        """Raise that a branch depends on a tensor's values, while recording."""
+        ...
 
 
 class SizeNumber:
-    """What `SizeInt` and `SizeFloat` share: the tape and the node, made when first asked for."""
+    """What numbers with a node share: the tape, and the node, made when it is first asked for."""
 
-    _tape: Tape
-    _make: Callable[[], fx.Node]
+    tape: Tape
+    make: Callable[[], fx.Node]
 
     def node(self) -> fx.Node:
         """Return the node that computes this number."""
-        return self._make()
+        return self.make()
 
     def __copy__(self) -> Any:
         return self
@@ -45,10 +50,17 @@ class SizeFloat(SizeNumber, float):
     """A float computed from sizes, with its node."""
 
 
-def sized(value: int | float, tape: Tape, make: Callable[[], fx.Node]) -> SizeInt | SizeFloat:
-    """Return `value` as a number whose node is `make()`."""
-    number = SizeFloat(value) if isinstance(value, float) else SizeInt(value)
-    number._tape, number._make = tape, make
+class DataSize(SizeInt):
+    """A size that depends on the values of a tensor (`nonzero`): no branch may look at it."""
+
+
+def sized(
+    value: int | float, tape: Tape, make: Callable[[], fx.Node], *, of_data: bool = False
+) -> SizeInt | SizeFloat:
+    """Return `value` as a number whose node is `make()`; `of_data` if tensor values decide it."""
+    kind = SizeFloat if isinstance(value, float) else DataSize if of_data else SizeInt
+    number = kind(value)
+    number.tape, number.make = tape, make
     return number
 
 
@@ -60,11 +72,11 @@ def plain(value: Any) -> Any:
 
 
 def _recorded(op: Callable[..., Any], *, reflected: bool = False) -> Callable[..., Any]:
-    def method(self: Any, *others: Any) -> Any:
+    def method(self: SizeNumber, *others: Any) -> Any:
         if not all(isinstance(other, int | float) for other in others):
             return NotImplemented
         args = (*others, self) if reflected else (self, *others)
-        return self._tape.number(op(*map(plain, args)), op, args)
+        return self.tape.number(op(*map(plain, args)), op, args)
 
     return method
 
@@ -73,17 +85,30 @@ def _divmod(self: Any, other: Any) -> Any:
     return self // other, self % other
 
 
-def _rdivmod(self: Any, other: Any) -> Any:
+def _reflected_divmod(self: Any, other: Any) -> Any:
     return other // self, other % self
 
 
+def _refused(name: str) -> Callable[..., Any]:
+    compare = getattr(int, name)
+
+    def method(self: DataSize, *others: Any) -> Any:
+        self.tape.refuse_branch()
+        return compare(self, *others)
+
+    return method
+
+
 for _kind in (SizeInt, SizeFloat):
-    for _name in ("add", "sub", "mul", "floordiv", "truediv", "mod", "pow"):
+    for _name in "add sub mul floordiv truediv mod pow".split():
         _op = getattr(operator, _name)
         setattr(_kind, f"__{_name}__", _recorded(_op))
         setattr(_kind, f"__r{_name}__", _recorded(_op, reflected=True))
-    _kind.__neg__ = _recorded(operator.neg)  # pyright: ignore[reportAttributeAccessIssue]
-    _kind.__divmod__, _kind.__rdivmod__ = _divmod, _rdivmod
-for _name in ("floor", "ceil", "trunc"):
-    setattr(SizeFloat, f"__{_name}__", _recorded(getattr(math, _name)))
-SizeFloat.__round__ = _recorded(round)  # pyright: ignore[reportAttributeAccessIssue]
+    setattr(_kind, "__neg__", _recorded(operator.neg))  # noqa: B010
+    setattr(_kind, "__divmod__", _divmod)  # noqa: B010
+    setattr(_kind, "__rdivmod__", _reflected_divmod)  # noqa: B010
+for _op in (math.floor, math.ceil, math.trunc, round):
+    setattr(SizeFloat, f"__{_op.__name__}__", _recorded(_op))
+for _name in "__lt__ __le__ __eq__ __ne__ __gt__ __ge__ __bool__".split():
+    setattr(DataSize, _name, _refused(_name))
+setattr(DataSize, "__hash__", int.__hash__)  # noqa: B010

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from graphgrow.errors import UnsupportedOp
+from graphgrow.ir.admit import admit, duplicate
 from graphgrow.ir.assemble import is_torch_leaf, tensors
 from graphgrow.ir.graph import Graph
+from graphgrow.ir.intercept import HiddenCalls, place_of, user_frame
 from graphgrow.ir.modes import join
-from graphgrow.ir.record import Recorder
+from graphgrow.ir.names import Names
+from graphgrow.ir.record import Recorder, has_tensors
 
 
 def trace(
@@ -29,85 +33,226 @@ def trace(
 
     `leaves` are module classes or dotted paths that become one node each, beside torch's own
     layers. The model is not changed, and the graph's tensors are the model's own.
+
+    Raises: UnsupportedOp if the model does what no graph can hold, a branch on a tensor's value
+    above all, or if the example inputs do not fit it.
     """
+    model = admit(model)
     modules = dict(model.named_modules(remove_duplicate=False))
-    leaf_paths = _leaf_paths(modules, tuple(leaves))
-    inputs = _inputs(model, example_inputs, example_kwargs)
-    state = dict(tensors(model))
-    recordings = []
-    for training in (True, False):
-        recordings.append(_record(model, training, leaf_paths, inputs, state))
-    train, eval_ = join(*recordings)
-    example = tuple(value for _, value in inputs)
-    return Graph(train, eval_, modules, leaf_paths, state, example)
+    leaf_paths = _leaf_paths(modules, leaves)
+    inputs = _bound(model, example_inputs, example_kwargs)
+    names = Names(dict(tensors(model)))
+    with _surroundings_kept(names.state):
+        train, eval_ = (_record(model, mode, leaf_paths, inputs, names) for mode in (True, False))
+    state = names.state_of(train, eval_)
+    example = tuple(value for _, value in _arguments(inputs))
+    return Graph(*join(train, eval_), modules, leaf_paths, state, example)
 
 
-def _leaf_paths(modules: dict[str, nn.Module], asked: tuple[type | str, ...]) -> frozenset[str]:
+def _leaf_paths(
+    modules: dict[str, nn.Module], asked: Sequence[type[nn.Module] | str]
+) -> frozenset[str]:
+    """Return the paths of the modules to record as one node; the root never is."""
+    unknown = [leaf for leaf in asked if isinstance(leaf, str) and leaf not in modules]
+    if unknown:
+        raise UnsupportedOp(f"cannot trace with leaf {unknown[0]!r}: the model has no such module")
     classes = tuple(leaf for leaf in asked if isinstance(leaf, type))
-    found = {
-        id(module)
+    chosen = {id(modules[leaf]) for leaf in asked if isinstance(leaf, str)}
+    return frozenset(
+        path
         for path, module in modules.items()
-        if path and (is_torch_leaf(module) or isinstance(module, classes) or path in asked)
-    }
-    inside = {id(part) for module in modules.values() if id(module) in found for part in module.modules()}
-    return frozenset(path for path, module in modules.items() if path and id(module) in inside)
+        if path and (is_torch_leaf(module) or isinstance(module, classes) or id(module) in chosen)
+    )
 
 
-def _inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[str, Any]]:
-    """Return name and value of every argument, in the order of forward's signature."""
+# Arguments
+
+
+def _bound(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> inspect.BoundArguments:
+    """Return the example inputs by the names of forward's parameters."""
     signature = inspect.signature(model.forward)
     try:
-        bound = signature.bind(*args, **kwargs)
+        return signature.bind(*args, **kwargs)
     except TypeError as error:
-        raise UnsupportedOp(f"cannot trace {type(model).__name__!r}: the example inputs do not fit forward{signature}: {error}") from error
+        raise UnsupportedOp(
+            f"cannot trace {type(model).__name__!r}: the example inputs do not fit "
+            f"forward{signature}: {error}"
+        ) from error
+
+
+def _arguments(inputs: inspect.BoundArguments) -> list[tuple[str, Any]]:
+    """Return name and value of every argument, in the order of forward's signature."""
     named: list[tuple[str, Any]] = []
-    for name, value in bound.arguments.items():
-        kind = signature.parameters[name].kind
+    for name, value in inputs.arguments.items():
+        kind = inputs.signature.parameters[name].kind
         if kind is inspect.Parameter.VAR_POSITIONAL:
             named += [(f"{name}_{i}", part) for i, part in enumerate(value)]
         elif kind is inspect.Parameter.VAR_KEYWORD:
-            named += list(value.items())
+            named += value.items()
         else:
             named.append((name, value))
     return named
+
+
+def _copies(inputs: inspect.BoundArguments) -> tuple[inspect.BoundArguments, dict[int, str]]:
+    """Return a copy of the inputs, and the name of the argument of each tensor in it, by id.
+
+    One tensor passed twice becomes two, so that the recording can tell them apart.
+    """
+    owners: dict[int, str] = {}
+
+    def copied(name: str, value: Any) -> Any:
+        made, originals = duplicate(value)
+        owners.update(dict.fromkeys(originals, name))
+        return made
+
+    made = inspect.BoundArguments(inputs.signature, type(inputs.arguments)())
+    for name, value in inputs.arguments.items():
+        kind = inputs.signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_POSITIONAL:
+            made.arguments[name] = tuple(copied(name, part) for part in value)
+        elif kind is inspect.Parameter.VAR_KEYWORD:
+            made.arguments[name] = {key: copied(key, part) for key, part in value.items()}
+        else:
+            made.arguments[name] = copied(name, value)
+    return made, owners
+
+
+def _defaults(named: Sequence[tuple[str, Any]]) -> list[tuple[Any, ...]]:
+    """Return for each argument its value as a default, or nothing before the last with tensors."""
+    defaults: list[tuple[Any, ...]] = []
+    for _, value in reversed(named):
+        baked = not has_tensors(value) and len(defaults) == sum(map(len, defaults))
+        defaults.append((value,) if baked and _is_literal(value) else ())
+    return defaults[::-1]
+
+
+def _is_literal(value: Any) -> bool:
+    """Return whether Python code for `value` is its repr."""
+    return all(
+        type(leaf) in (bool, int, float, complex, str, type(None)) for leaf in tree_leaves(value)
+    )
+
+
+# Runs
 
 
 def _record(
     model: nn.Module,
     training: bool,
     leaves: frozenset[str],
-    inputs: list[tuple[str, Any]],
-    state: dict[str, Tensor],
+    inputs: inspect.BoundArguments,
+    names: Names,
 ) -> fx.Graph:
-    memo: dict[int, Any] = {id(p): _alias(p) for p in model.parameters()}
-    run = copy.deepcopy(model, memo).train(training)
-    kept = [*model.parameters(), *(x for x in memo.get(id(memo), ()) if isinstance(x, Tensor))]
-    originals = {id(memo[id(tensor)]): tensor for tensor in kept}
-    names: dict[int, str] = {}
-    for path, tensor in state.items():
-        names.setdefault(id(tensor), path)
+    """Return the graph of one run in the given mode."""
+    graph, has_strangers = _run(model, training, leaves, inputs, names, watched=False)
+    if has_strangers:  # constants, unless made by operators that no recorded call ran
+        _run(model, training, leaves, inputs, names, watched=True)
+    return graph
+
+
+def _run(
+    model: nn.Module,
+    training: bool,
+    leaves: frozenset[str],
+    inputs: inspect.BoundArguments,
+    names: Names,
+    *,
+    watched: bool,
+) -> tuple[fx.Graph, bool]:
+    """Return the graph, and whether it holds tensors that are neither the model's nor computed."""
+    title = type(model).__name__
+    copied, originals = duplicate(model)
+    copied.train(training)
+    values, owners = _copies(inputs)
+    strangers: list[Tensor] = []
 
     def name_of(tensor: Tensor) -> str:
-        original = originals.get(id(tensor), tensor)
-        if id(original) not in names:
-            name = f"_constant{sum(path.startswith('_constant') for path in state)}"
-            state[name] = original
-            names[id(original)] = name
-        return names[id(original)]
+        if id(tensor) in owners:
+            recorder.refuse(
+                f"argument {owners[id(tensor)]!r} hides tensors in an object; "
+                "pass tensors, lists, tuples, dicts or dataclasses"
+            )
+        if id(tensor) not in originals:
+            strangers.append(tensor)
+            return names.of_stranger(tensor, len(strangers))
+        return names.of(originals[id(tensor)])
 
-    paths = {id(module): path for path, module in run.named_modules()}
-    recorder = Recorder(paths, leaves, name_of)
-    values = [tree_map(lambda t: t.detach().clone() if isinstance(t, Tensor) else t, v) for _, v in inputs]
-    for (name, _), value in zip(inputs, values, strict=True):
-        recorder.placeholder(name, value, ())
-    with torch.enable_grad(), recorder.recording():
-        out = run(*values)
+    paths = {id(module): path for path, module in copied.named_modules()}
+    recorder = Recorder(title, paths, leaves, name_of)
+    named = _arguments(values)
+    for (name, value), default in zip(named, _defaults(named), strict=True):
+        recorder.placeholder(name, value, default)
+    buffers = dict(copied.named_buffers())
+    hidden = (
+        HiddenCalls(lambda *call: _refuse_hidden(recorder, *call)) if watched else nullcontext()
+    )
+    try:
+        with recorder.recording(), hidden:
+            out = copied(*values.args, **values.kwargs)
+    except Exception as error:
+        raise _explained(error, recorder, title, training) from error
+    if recorder.refusal is not None:
+        raise recorder.refusal
+    _record_updates(recorder, buffers, dict(copied.named_buffers()))
     recorder.output(out)
-    return recorder.graph
+    return recorder.graph, bool(strangers)
 
 
-def _alias(parameter: nn.Parameter) -> nn.Parameter:
-    """Return a parameter with the same memory that needs no gradient."""
-    if type(parameter) is not nn.Parameter:
-        return parameter
-    return nn.Parameter(parameter.detach(), requires_grad=False)
+def _explained(error: Exception, recorder: Recorder, title: str, training: bool) -> Exception:
+    """Return the refusal that made the model fail, or one that says where its own code did."""
+    if recorder.refusal is not None:
+        return recorder.refusal
+    where = recorder.failed or title
+    mode = "train" if training else "eval"
+    fact = str(error).strip().partition("\n")[0]
+    return UnsupportedOp(
+        f"cannot trace {title!r}: on the example inputs in {mode} mode, {where!r} raises "
+        f"{type(error).__name__}: {fact}"
+    )
+
+
+def _refuse_hidden(recorder: Recorder, operator: str, used: list[Tensor]) -> None:
+    """Refuse an operator on computed tensors that runs although no recorded call runs it."""
+    if recorder.listens() and any(map(recorder.computed, used)):
+        recorder.refuse(
+            f"{place_of(user_frame())} runs {operator} out of Python's sight (scripted code, an "
+            "extension); mark the module a leaf with trace(model, ..., leaves=[...])"
+        )
+
+
+def _record_updates(
+    recorder: Recorder, before: Mapping[str, Tensor], after: Mapping[str, Tensor]
+) -> None:
+    """Record that the run put other tensors in the place of buffers."""
+    for path, old in before.items():
+        new = after.get(path, old)
+        if new is old or not recorder.computed(new):
+            continue
+        if (new.shape, new.dtype) != (old.shape, old.dtype):
+            recorder.refuse(f"its run replaces buffer {path!r} by one of another size or dtype")
+        recorder.update(old, new)
+
+
+@contextmanager
+def _surroundings_kept(state: Mapping[str, Tensor]) -> Iterator[None]:
+    """Put back random states after the block, and run it in the modes that recording needs."""
+    gpus = sorted({tensor.device.index for tensor in state.values() if tensor.is_cuda})
+    python, numpy = random.getstate(), np.random.get_state()
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    with ExitStack() as stack:
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        stack.enter_context(torch.random.fork_rng(gpus))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fastpath)
+            random.setstate(python)
+            np.random.set_state(numpy)

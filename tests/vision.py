@@ -1,0 +1,75 @@
+"""torchvision's classification and segmentation models, built small."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Iterator
+from types import ModuleType
+
+import torch
+from torch import nn
+
+# One model of every family whose code takes a path of its own; the others repeat these.
+SAMPLE = tuple(
+    "alexnet convnext_tiny densenet121 efficientnet_b0 efficientnet_v2_s googlenet inception_v3 "
+    "maxvit_t mnasnet0_5 mobilenet_v2 mobilenet_v3_small regnet_x_400mf regnet_y_400mf resnet18 "
+    "resnet50 resnext50_32x4d shufflenet_v2_x0_5 squeezenet1_0 swin_t swin_v2_t vgg11_bn vit_b_32 "
+    "deeplabv3_mobilenet_v3_large fcn_resnet50 lraspp_mobilenet_v3_large".split()
+)
+
+Build = Callable[[], nn.Module]
+
+
+def zoo() -> Iterator[tuple[str, Build, int]]:
+    """Yield name, constructor and image size of every model, with random weights."""
+    models = torchvision().models
+    for module in (models, models.segmentation):
+        for name in sorted(models.list_models(module=module)):
+            yield name, functools.partial(build, name), image_size(name)
+
+
+def build(name: str) -> nn.Module:
+    """Return the model `name` with 10 classes, for images of its `image_size`."""
+    arguments: dict[str, object] = {"weights": None, "num_classes": 10}
+    models = torchvision().models
+    if name in models.list_models(module=models.segmentation):
+        arguments |= {"weights_backbone": None}
+        if not name.startswith("lraspp"):
+            arguments |= {"aux_loss": True}
+    if name in ("googlenet", "inception_v3"):
+        arguments |= {"init_weights": False, "aux_logits": True}
+    if name.startswith("vit"):
+        arguments |= {"image_size": image_size(name)}
+    if name.startswith("maxvit"):
+        arguments |= {"input_size": (image_size(name), image_size(name))}
+    return models.get_model(name, **arguments)
+
+
+def image_size(name: str) -> int:
+    """Return an image size that `name` accepts, as small as its strides allow."""
+    family = name.split("_")[0]
+    sizes = {"alexnet": 64, "inception": 80, "maxvit": 224, "vit": 64, "googlenet": 64}
+    return 56 if name == "vit_h_14" else sizes.get(family, 64)
+
+
+@functools.cache
+def torchvision() -> ModuleType:
+    """Return torchvision, which expects the schemas of its compiled operators to be there."""
+    try:
+        import torchvision
+    except RuntimeError:  # the build for another kind of torch: no compiled operators
+        library = torch.library.Library("torchvision", "FRAGMENT")
+        for operator in ("nms", "qnms"):
+            library.define(f"{operator}(Tensor dets, Tensor scores, float threshold) -> Tensor")
+        _LIBRARIES.append(library)
+        import torchvision
+    return torchvision
+
+
+_LIBRARIES: list[torch.library.Library] = []  # a library lives as long as its object
+
+
+def silenced() -> warnings.catch_warnings:
+    """Return a context in which building a model warns of nothing."""
+    return warnings.catch_warnings(action="ignore")
