@@ -49,9 +49,10 @@ def _corrections(group: Group, step: float) -> tuple[float, ...]:
 
 
 def _nesterov(group: Group, step: float) -> tuple[float, ...]:
-    """Return what NAdam computes: its corrections and its two momentum coefficients."""
+    """Return what NAdam computes: its corrections and its two momentum coefficients over β₁."""
     decay = group["momentum_decay"]
-    return *_corrections(group, step), 0.96 ** (step * decay), 0.96 ** ((step + 1) * decay)
+    momenta = (1 - 0.5 * 0.96 ** (k * decay) for k in (step, step + 1))
+    return *_corrections(group, step), *momenta
 
 
 def _rectified(group: Group, step: float) -> tuple[float, ...]:
@@ -130,24 +131,55 @@ def _one(clock: Tensor, group: Group) -> Tensor:
     return value.clone() if there else value.cpu().clone()
 
 
-@dataclass(frozen=True, eq=False)
-class _Young:
-    """The entries of one age: where they are, and their values and states before the step."""
+def _memory_order(parameter: Tensor) -> tuple[int, ...]:
+    """Return the dims of `parameter`, outermost in memory first, so that flat indices are cheap."""
+    return tuple(sorted(range(parameter.dim()), key=lambda dim: -parameter.stride(dim)))
 
-    mask: Tensor
-    values: nn.Parameter
-    state: dict[str, Any]
+
+def _read(tensor: Tensor, order: tuple[int, ...], index: Tensor) -> Tensor:
+    """Return the entries of `tensor` at flat `index`, counted in `order`."""
+    return tensor.detach().permute(order).reshape(-1).index_select(0, index)
+
+
+def _write(tensor: Tensor, order: tuple[int, ...], index: Tensor, values: Tensor) -> None:
+    """Write `values` to the entries of `tensor` at flat `index`, counted in `order`."""
+    view = tensor.detach().permute(order)
+    flat = view.reshape(-1)
+    flat.index_copy_(0, index, values)
+    if not view.is_contiguous():  # then `flat` is a copy
+        view.copy_(flat.view(view.shape))
+
+
+@dataclass(frozen=True, eq=False)
+class _Cohort:
+    """The entries of one age: where they are, and their clocks, one value each as in torch."""
+
+    index: Tensor
+    clocks: dict[str, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class _Ages:
+    """The ages in one parameter: clocks of one value for each entry, and who is younger.
+
+    What `entries` says is said again by `oldest` and `young`, which are there for speed.
+    """
+
+    entries: dict[str, Tensor]
+    order: tuple[int, ...]
+    oldest: dict[str, Tensor]
+    young: tuple[_Cohort, ...]
 
 
 @dataclass(frozen=True, eq=False)
 class _Held:
-    """One parameter whose entries differ in age: its clocks and its younger entries."""
+    """One parameter between the hooks: its younger entries and their states before the step."""
 
     parameter: Tensor
     group: Group
-    clocks: dict[str, Tensor]
-    oldest: Tensor
-    young: list[_Young]
+    ages: _Ages
+    values: list[nn.Parameter]
+    states: list[dict[str, Any]]
 
 
 class _Hooks:
@@ -156,16 +188,27 @@ class _Hooks:
     def __init__(self, row: Entrywise) -> None:
         self.row = row
         self.held: list[_Held] = []
+        self.ages: dict[int, _Ages] = {}
 
+    @torch.no_grad()
     def before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Hold the younger entries, and give torch the clocks of the oldest."""
         self.finish(optimizer)
-        self.held = [
-            _hold(optimizer.state[parameter], parameter, group, self.row)
-            for group in optimizer.param_groups
-            for parameter in group["params"]
-            if _ages_differ(optimizer.state.get(parameter))
-        ]
+        known, self.ages = self.ages, {}
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                state = optimizer.state.get(parameter)
+                if (
+                    not state
+                    or not isinstance(state.get("step"), Tensor)
+                    or not state["step"].dim()
+                ):
+                    continue
+                ages = known.get(id(parameter))
+                if ages is None or ages.entries["step"] is not state["step"]:
+                    ages = _ages(state, parameter, group, self.row)
+                self.ages[id(parameter)] = ages
+                self.held.append(_hold(state, parameter, group, ages))
 
     def after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Step the younger entries from where they were."""
@@ -178,79 +221,97 @@ class _Hooks:
         A step that raised leaves entries held; then this runs before the next step or checkpoint.
         """
         held, self.held = self.held, []
-        stepped = [
-            entry
-            for entry in held
-            if entry.parameter.grad is not None
-            and bool(optimizer.state[entry.parameter]["step"] != entry.oldest)
-        ]
+        stepped = [entry for entry in held if _was_stepped(entry, optimizer)]
         if stepped:
             _step_young(optimizer, stepped)
         for entry in held:
+            state = optimizer.state[entry.parameter]
             if entry in stepped:
-                _put_back(optimizer.state[entry.parameter], entry, self.row)
+                self.ages[id(entry.parameter)] = _put_back(state, entry, self.row)
             else:
-                optimizer.state[entry.parameter].update(entry.clocks)
+                state.update(entry.ages.entries)
 
 
-def _ages_differ(state: Mapping[str, Any] | None) -> bool:
-    return bool(state) and isinstance(state.get("step"), Tensor) and state["step"].dim() > 0
-
-
-@torch.no_grad()
-def _hold(state: dict[str, Any], parameter: Tensor, group: Group, row: Entrywise) -> _Held:
-    """Return the younger entries of `parameter`, and leave the oldest one's clocks in `state`."""
-    clocks = {name: state[name] for name in row.clocks}
-    *ages, oldest = _ages(clocks["step"])
-    young = [_take(state, parameter, clocks["step"] == age, group, row) for age in ages]
-    here = clocks["step"] == oldest
-    state.update({name: _one(clock[here], group) for name, clock in clocks.items()})
-    return _Held(parameter, group, clocks, state["step"].clone(), young)
-
-
-def _ages(steps: Tensor) -> list[Tensor]:
-    """Return the counts that occur, youngest first: they are few, so this beats sorting."""
-    ages = [steps.min()]
-    while (older := steps[steps > ages[-1]]).numel():
-        ages.append(older.min())
-    return ages
-
-
-def _take(
-    state: Mapping[str, Any], parameter: Tensor, mask: Tensor, group: Group, row: Entrywise
-) -> _Young:
-    """Return the entries of `parameter` under `mask` with their states, flat."""
-    taken = {
-        name: value[mask] if isinstance(value, Tensor) and value.shape == mask.shape else value
-        for name, value in state.items()
+def _ages(state: Mapping[str, Any], parameter: Tensor, group: Group, row: Entrywise) -> _Ages:
+    """Return who is how old in `parameter`."""
+    entries = {
+        name: torch.empty_like(parameter, dtype=state[name].dtype).copy_(state[name])
+        for name in row.clocks
     }
-    taken.update({name: _one(taken[name], group) for name in row.clocks})
-    return _Young(mask, nn.Parameter(parameter[mask]), taken)
+    order = _memory_order(parameter)
+    steps = entries["step"].permute(order).reshape(-1)
+    counts = [steps.min()]
+    while (older := steps[steps > counts[-1]]).numel():  # few ages, so this beats sorting
+        counts.append(older.min())
+    *young, oldest = [
+        _Cohort(index, {name: _one(_read(entries[name], order, index), group) for name in entries})
+        for index in ((steps == count).nonzero().flatten() for count in counts)
+    ]
+    return _Ages(entries, order, oldest.clocks, tuple(young))
+
+
+def _hold(state: dict[str, Any], parameter: Tensor, group: Group, ages: _Ages) -> _Held:
+    """Return the younger entries of `parameter`, and leave the clocks of the oldest in `state`."""
+    shaped = [
+        name
+        for name, value in state.items()
+        if isinstance(value, Tensor) and value.shape == parameter.shape and name not in ages.oldest
+    ]
+    rest = {name: value for name, value in state.items() if name not in shaped}
+    values, states = [], []
+    for cohort in ages.young:
+        values.append(nn.Parameter(_read(parameter, ages.order, cohort.index)))
+        taken = {name: _read(state[name], ages.order, cohort.index) for name in shaped}
+        clocks = {name: clock.clone() for name, clock in cohort.clocks.items()}
+        states.append(rest | taken | clocks)
+    state.update({name: clock.clone() for name, clock in ages.oldest.items()})
+    return _Held(parameter, group, ages, values, states)
+
+
+def _was_stepped(held: _Held, optimizer: Optimizer) -> bool:
+    count = optimizer.state[held.parameter]["step"]
+    return held.parameter.grad is not None and bool(count != held.ages.oldest["step"])
 
 
 def _step_young(optimizer: Optimizer, stepped: list[_Held]) -> None:
     """Step all younger entries by a copy of `optimizer` that holds nothing else."""
+    states: defaultdict[Any, Any] = defaultdict(dict)
     for held in stepped:
-        for young in held.young:
-            young.values.grad = held.parameter.grad[young.mask]  # type: ignore[index]
+        for cohort, values, state in zip(held.ages.young, held.values, held.states, strict=True):
+            gradient = held.parameter.grad
+            assert gradient is not None
+            values.grad = _read(gradient, held.ages.order, cohort.index)
+            states[values] = state
     twin = copy.copy(optimizer)  # as for pickling: settings, but no hooks
-    twin.param_groups = [
-        {**held.group, "params": [young.values for young in held.young]} for held in stepped
-    ]
-    twin.state = defaultdict(dict, {y.values: y.state for held in stepped for y in held.young})
+    twin.param_groups = [{**held.group, "params": held.values} for held in stepped]
+    twin.state = states
     twin.step()
 
 
-def _put_back(state: dict[str, Any], held: _Held, row: Entrywise) -> None:
-    """Write the stepped younger entries into their parameter and its state."""
-    settled = row.reads(held.group, float(state["step"]))
-    clocks = {n: spread(state[n], held.parameter).clone() for n in row.clocks}
-    for young in held.young:
-        held.parameter[young.mask] = young.values
-        if row.reads(held.group, float(young.state["step"])) != settled:
-            for name in row.clocks:
-                clocks[name][young.mask] = young.state[name].to(clocks[name].device)
-        for name, value in young.state.items():
-            if name not in row.clocks and isinstance(value, Tensor) and value.dim() > 0:
-                state[name][young.mask] = value
-    state.update(gathered_up(clocks, held.group))
+def _put_back(state: dict[str, Any], held: _Held, row: Entrywise) -> _Ages:
+    """Write the stepped younger entries into their parameter and its state; return the ages now."""
+    ages, young = held.ages, []
+    oldest = {name: state[name] for name in row.clocks}
+    precision = torch.finfo(held.parameter.dtype).eps / 4
+    for name, entries in ages.entries.items():
+        entries.fill_(oldest[name].item())
+    for cohort, values, stepped in zip(ages.young, held.values, held.states, strict=True):
+        _write(held.parameter, ages.order, cohort.index, values)
+        for name, value in stepped.items():
+            if name not in row.clocks and isinstance(value, Tensor) and value.dim():
+                _write(state[name], ages.order, cohort.index, value)
+        clocks = {name: stepped[name] for name in row.clocks}
+        if _agree(row, held.group, clocks["step"], oldest["step"], precision):
+            continue
+        young.append(_Cohort(cohort.index, clocks))
+        for name, entries in ages.entries.items():
+            same = clocks[name].to(entries.device).expand(cohort.index.shape)
+            _write(entries, ages.order, cohort.index, same)
+    state.update(ages.entries if young else oldest)
+    return _Ages(ages.entries, ages.order, oldest, tuple(young))
+
+
+def _agree(row: Entrywise, group: Group, a: Tensor, b: Tensor, precision: float) -> bool:
+    """Return whether an update reads the same from the counts `a` and `b`, but for rounding."""
+    pairs = zip(row.reads(group, float(a)), row.reads(group, float(b)), strict=True)
+    return all(abs(x - y) <= precision * abs(y) for x, y in pairs)
