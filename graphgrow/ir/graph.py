@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+import networkx as nx
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
+
+from graphgrow.errors import NotApplicable
+from graphgrow.ir.analyse import Analysis, Axis, Slot, analyse
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,7 +24,7 @@ class Graph:
     ever changed in place. `modules` holds every module of the model by path ("" is the root) as a
     template: class, attributes, hooks; `leaves` are the paths called as one node. `state` holds
     every parameter and buffer at each of its paths: the very tensors that `lower` will use.
-    `example` has one value for each placeholder.
+    `example` has one value for each placeholder, `journal` the rewrites since the user's model.
     """
 
     train: fx.Graph
@@ -28,3 +34,68 @@ class Graph:
     state: Mapping[str, Tensor]
     example: tuple[Any, ...]
     journal: tuple[Any, ...] = ()
+
+    @cached_property
+    def analysis(self) -> Analysis:
+        """The layouts, axes and steps, derived once when first asked for."""
+        return analyse(self)
+
+    @property
+    def axes(self) -> Mapping[str, Axis]:
+        """The axes by name, in topological order."""
+        return self.analysis.axes
+
+    def axis(self, path: str) -> Axis:
+        """Return the axis of that name, or the one that the module or parameter there produces.
+
+        Raises:
+            NotApplicable: where there is none, or several; the sentence lists them.
+        """
+        if path in self.axes:
+            return self.axes[path]
+        found = [a for a in self.axes.values() if any(_at(p.path, path) for p in a.producers)]
+        free = [a for a in found if a.obstacle is None] or found
+        if len(free) == 1:
+            return free[0]
+        if not found:
+            raise NotApplicable(f"cannot find axis '{path}': no module or parameter there writes one")
+        names = ", ".join(f"'{a.name}' ({a.width} units)" for a in found)
+        raise NotApplicable(f"cannot tell which axis of '{path}' is meant: it writes {names}")
+
+    def __str__(self) -> str:
+        if self.train is self.eval:
+            return self._code(self.eval, "eval")
+        train, eval_ = self._code(self.train, "train"), self._code(self.eval, "eval")
+        return f"in train mode:\n{train}\n\nin eval mode:\n{eval_}"
+
+    def _code(self, structure: fx.Graph, mode: str) -> str:
+        return "\n".join(self._line(node, mode) for node in structure.nodes)
+
+    def _line(self, node: fx.Node, mode: str) -> str:
+        if node.op == "output":
+            return f"return {node.args[0]}"
+        args = [*map(str, node.args), *(f"{k}={v}" for k, v in node.kwargs.items())]
+        target = node.target if isinstance(node.target, str) else node.target.__name__
+        call = target if node.op in ("placeholder", "get_attr") else f"{target}({', '.join(args)})"
+        shapes = ", ".join(self.layouts(node.name, mode))
+        return f"{node.name} = {call}" + (f"  # {shapes}" if shapes else "")
+
+    def layouts(self, node: str, mode: str = "eval") -> list[str]:
+        """Return the layouts of each tensor that a node computes, as text."""
+        value = self.analysis.nodes.get((mode, node))
+        slots = [v for v in tree_leaves(value) if isinstance(v, Slot)]
+        return [f"[{', '.join(map(str, self.analysis.values[s.number]))}]" for s in slots]
+
+    def to_networkx(self, mode: str = "eval") -> nx.DiGraph:
+        """Return the dataflow between nodes, each with its operator, target and layouts."""
+        flow = nx.DiGraph()
+        for node in (self.train if mode == "train" else self.eval).nodes:
+            layouts = self.layouts(node.name, mode)
+            flow.add_node(node.name, op=node.op, target=str(node.target), layouts=layouts)
+            flow.add_edges_from((source.name, node.name) for source in node.all_input_nodes)
+        return flow
+
+
+def _at(parameter: str, path: str) -> bool:
+    """Return whether a parameter is the one named, or one of the module named."""
+    return parameter == path or parameter.rpartition(".")[0] == path

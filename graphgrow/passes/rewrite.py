@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -22,6 +22,30 @@ class TensorOrigin:
 
     dims: tuple[Tensor | None, ...]
     scale: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Edit:
+    """What a rewrite does to a graph: the graph it makes, where its tensors come from, why it may.
+
+    Nothing of it is applied yet; `apply` checks it and makes it a `Grown`.
+    """
+
+    graph: Graph
+    proof: Any
+    origin: Mapping[str, TensorOrigin] = field(default_factory=dict)
+
+
+class Rewrite(Protocol):
+    """One edit of a graph: a frozen dataclass, hashable, JSON both ways."""
+
+    def obstacle(self, graph: Graph) -> str | None:
+        """Return the sentence that says why this cannot be applied, None where it can."""
+        ...
+
+    def edit(self, graph: Graph) -> Edit:
+        """Return the edit of `graph`. Raises NotApplicable with the obstacle's sentence."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)

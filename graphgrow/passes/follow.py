@@ -1,0 +1,582 @@
+"""What the units of an edited axis hold, followed through every operator of a graph.
+
+Each new unit of each tensor is a multiple of another unit, or a constant (zero for one), or a unit
+of its own. Nothing is assumed of the weights: what a layer writes is read off its numbers, and each
+operator's row says what survives it. Where an axis is contracted, the weights of units that hold
+the same are added up (`Reduction`): the sum must be what the narrower layer has. Widening checks
+that; removal makes it so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from graphgrow.ir.analyse import ParameterDim, Slot, Source, Step
+from graphgrow.ir.rules import Kind, aten
+from graphgrow.passes.units import Resized
+
+CONSTANT = -1
+
+
+@dataclass(frozen=True, eq=False)
+class Content:
+    """What new units hold in one tensor: `scale` times unit `like`, or where that is −1 `scale`.
+
+    Units are positions in the wider axis. A unit that is like itself is arbitrary. `slope` says
+    how a constant moves with the weights that write it, per unit of its pre-activation; zero means
+    that those weights get no gradient. `units` are the new units themselves.
+    """
+
+    units: np.ndarray
+    like: np.ndarray
+    scale: np.ndarray
+    slope: np.ndarray
+
+    def constant(self) -> np.ndarray:
+        """Return which units hold a constant."""
+        return self.like == CONSTANT
+
+    def zero(self) -> np.ndarray:
+        """Return which units are zero."""
+        return self.constant() & (self.scale == 0)
+
+
+@dataclass(frozen=True, eq=False)
+class Arrival:
+    """New units of known content at an operator that contracts them.
+
+    `weight` is the parameter dim they meet, None where two activations meet or a plain sum is
+    taken; `kept` are the other factors' contents then.
+    """
+
+    step: Step
+    content: Content
+    weight: ParameterDim | None
+    other: Content | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Reduction:
+    """The weights that a narrower axis needs: `columns` `(old width, entries)`.
+
+    `own` is the sum left for new units that hold something of their own, zero where the narrower
+    layer can do without them; `constant` is what constant units add, `(entries,)`.
+    """
+
+    columns: Tensor
+    own: Tensor
+    constant: Tensor
+
+
+class Follower:
+    """Follows the new units of one axis through a graph whose tensors are `state`."""
+
+    def __init__(self, resized: Resized, state: Mapping[str, Tensor]) -> None:
+        self.resized, self.state = resized, state
+        self.axis, self.new, self.old = resized.axis, resized.new, resized.old
+        self.contents: dict[int, Content] = {}
+        self.arrivals: list[Arrival] = []
+        self.blocked: list[str] = []
+        self._slices: dict[ParameterDim, Tensor] = {}
+        self.needed = self._needed()
+        self.guess = self._guess()
+
+    # --- what the numbers say
+
+    def slices(self, at: ParameterDim) -> Tensor:
+        """Return a parameter's entries by unit of the axis, in double precision."""
+        if at not in self._slices:
+            raw = self.resized.slices(self.state[at.path], at.path, at.dim)
+            self._slices[at] = raw.double() if raw.is_floating_point() else raw
+        return self._slices[at]
+
+    def _needed(self) -> np.ndarray:
+        """Return which new units some consumer reads with weights that are not zero."""
+        needed = np.zeros(len(self.new), dtype=bool)
+        axis = self.resized.analysis.axes[self.axis]
+        for at in axis.consumers:
+            columns = self.slices(at)[torch.from_numpy(self.new)]
+            needed |= (columns != 0).any(1).numpy()
+        return needed if axis.consumers else ~needed
+
+    def _guess(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return for each new unit the unit that it is a multiple of, and the multiple."""
+        like, scale = self.new.copy(), np.ones(len(self.new))
+        axis = self.resized.analysis.axes[self.axis]
+        written = [self.slices(at) for at in axis.producers if self.state[at.path].dim() > 0]
+        if not written or not self.needed.any():
+            return like, scale
+        rows = torch.cat(written, 1)
+        norms = rows.norm(dim=1)
+        unit = rows / norms.clamp(min=1e-300)[:, None]
+        order = np.concatenate([self.old, self.new])
+        for k in np.flatnonzero(self.needed):
+            u = self.new[k]
+            before = order[: len(self.old) + k]
+            if norms[u] == 0 or len(before) == 0:
+                continue
+            candidates = before[(unit[before] @ unit[u]).abs().numpy() > 1 - 1e-12]
+            found = next(iter(self._alike(rows, norms, u, candidates)), None)
+            if found is not None:
+                like[k], scale[k] = found
+        return like, scale
+
+    def _alike(
+        self, rows: Tensor, norms: Tensor, u: int, candidates: np.ndarray
+    ) -> Iterator[tuple[int, float]]:
+        """Yield the candidates whose incoming weights are a multiple of unit u's, equal first."""
+        for i in candidates:
+            if torch.equal(rows[i], rows[u]):
+                yield int(i), 1.0
+        for i in candidates:
+            ratio = float(rows[u] @ rows[i] / norms[i] ** 2)
+            if _close(rows[u], ratio * rows[i], self._eps()):
+                yield int(i), ratio
+
+    def _eps(self) -> float:
+        axis = self.resized.analysis.axes[self.axis]
+        dtypes = [self.state[at.path].dtype for at in axis.producers + axis.carriers]
+        return max((torch.finfo(d).eps for d in dtypes if d.is_floating_point), default=0.0)
+
+    # --- the walk
+
+    def run(self) -> Follower:
+        """Follow all steps and return self, with `arrivals` and `blocked` filled."""
+        for step in self.resized.analysis.steps:
+            touched = [v for v in step.inputs + step.outputs if self._has(v)]
+            if touched:
+                content = self._through(step)
+                for number in step.outputs:
+                    if content is not None and self._has(number):
+                        self.contents[number] = content
+        return self
+
+    def _has(self, number: int) -> bool:
+        return any(self.axis in layout.axes() for layout in self.resized.analysis.values[number])
+
+    def _through(self, step: Step) -> Content | None:
+        kind = step.row.kind
+        if kind is Kind.CONTRACT:
+            return self._contract(step)
+        if kind is Kind.SUM:
+            return self._sum(step)
+        if kind in (Kind.FILL, Kind.RANDOM):
+            return self._made(step)
+        if kind is Kind.POINTWISE:
+            return self._pointwise(step)
+        if kind is Kind.NORM:
+            return self._norm(step)
+        return self._kept(step)
+
+    def content(self, number: int) -> Content:
+        """Return what the new units of a value hold."""
+        if number not in self.contents:
+            source = self.resized.analysis.sources.get(number)
+            found = self._of_source(source) if source is not None else self.arbitrary()
+            self.contents[number] = found
+        return self.contents[number]
+
+    def arbitrary(self) -> Content:
+        """Return the content of which nothing is known."""
+        count = len(self.new)
+        return Content(self.new, self.new.copy(), np.ones(count), np.ones(count))
+
+    def _of_source(self, source: Source) -> Content:
+        contents = [
+            self._of_entries(self.slices(ParameterDim(source.path, d)))
+            for d in self.resized.dims(source.path)
+        ]
+        return self._joined(contents)
+
+    def _of_entries(self, entries: Tensor) -> Content:
+        """Return what parameter entries by unit are: one number, a multiple of a unit, their own."""
+        mine, like, scale = entries[torch.from_numpy(self.new)], *self.guess
+        uniform = (mine == mine[:, :1]).all(1).numpy()
+        alike = np.array([
+            like[k] != self.new[k] and scale[k] == 1 and torch.equal(entries[like[k]], mine[k])
+            for k in range(len(self.new))
+        ], dtype=bool)
+        first = mine[:, 0].double().numpy() if mine.shape[1] else np.zeros(len(self.new))
+        return Content(
+            self.new,
+            np.where(alike, like, np.where(uniform, CONSTANT, self.new)),
+            np.where(alike | ~uniform, 1.0, first),
+            np.ones(len(self.new)),
+        )
+
+    def _joined(self, contents: list[Content]) -> Content:
+        """Return what holds in all of several tensors."""
+        first = contents[0]
+        same = np.ones(len(self.new), dtype=bool)
+        slope = first.slope
+        for other in contents[1:]:
+            same &= (other.like == first.like) & (other.scale == first.scale)
+            slope = np.where(slope == 0, other.slope, slope)
+        return Content(
+            self.new,
+            np.where(same, first.like, self.new), np.where(same, first.scale, 1.0), slope
+        )
+
+    def _carrying(self, step: Step) -> list[int]:
+        return [slot for slot, number in enumerate(step.inputs) if self._has(number)]
+
+    def _source(self, step: Step, slot: int | None) -> Source | None:
+        return None if slot is None else self.resized.analysis.sources.get(step.inputs[slot])
+
+    def _entries(self, source: Source) -> Tensor:
+        """Return a carried parameter's entries by unit, all its dims of the axis side by side."""
+        dims = self.resized.dims(source.path)
+        return torch.cat([self.slices(ParameterDim(source.path, d)) for d in dims], 1)
+
+    # --- one method for each kind of row
+
+    def _made(self, step: Step) -> Content:
+        carried = [s for s in self._carrying(step)]
+        value = _fill_value(step)
+        if step.row.kind is Kind.RANDOM:
+            held = [self.content(step.inputs[s]) for s in carried]
+            zero = held[0].zero() if held and step.func.overloadpacket is aten.native_dropout else 0
+            return self._masked(np.zeros(len(self.new), dtype=bool) | zero, 0.0)
+        if value is None:
+            return self.arbitrary()
+        return self._masked(np.ones(len(self.new), dtype=bool), value, slope=0.0)
+
+    def _masked(self, constant: np.ndarray, value: float, slope: float = 1.0) -> Content:
+        count = len(self.new)
+        return Content(
+            self.new,
+            np.where(constant, CONSTANT, self.new),
+            np.where(constant, value, 1.0),
+            np.full(count, slope),
+        )
+
+    def _kept(self, step: Step) -> Content:
+        held = [self.content(step.inputs[s]) for s in self._carrying(step)]
+        if not held:
+            return self.arbitrary()
+        joined, row = self._joined(held), step.row
+        lost = joined.constant() & (joined.scale != 0) & (row.keeps != "any")
+        lost |= joined.constant() & (row.keeps == "none")
+        if not row.homogeneous:
+            lost |= ~joined.constant() & (joined.scale != 1)
+        lost |= ~joined.constant() & (joined.scale < 0) & (row.kind is not Kind.MOVE)
+        return Content(
+            self.new,
+            np.where(lost, self.new, joined.like), np.where(lost, 1.0, joined.scale), joined.slope
+        )
+
+    def _sum(self, step: Step) -> Content | None:
+        content = self.content(step.inputs[0])
+        if any(self.axis in axes for axes in step.contracted.values()):
+            self.arrivals.append(Arrival(step, content, None))
+        if not any(self._has(number) for number in step.outputs):
+            return None
+        return self._kept(step)
+
+    def _pointwise(self, step: Step) -> Content:
+        slots = self._carrying(step)
+        if not slots:
+            return self.arbitrary()
+        contents = {slot: self.content(step.inputs[slot]) for slot in slots}
+        like, scale = self._agreed(step, contents)
+        if step.func.overloadpacket in _PRODUCTS:
+            zero = np.any([c.zero() for c in contents.values()], axis=0)
+            like, scale = np.where(zero, CONSTANT, like), np.where(zero, 0.0, scale)
+        constant = np.all([c.constant() for c in contents.values()], axis=0)
+        value, slope = self._evaluated(step, contents, constant)
+        known = constant & ~np.isnan(value)
+        return Content(
+            self.new, np.where(known, CONSTANT, like), np.where(known, value, scale), slope
+        )
+
+    def _agreed(
+        self, step: Step, contents: Mapping[int, Content]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return the unit that each new unit equals in every input, itself where there is none."""
+        like, scale = self.new.copy(), np.ones(len(self.new))
+        sources = {slot: self._source(step, slot) for slot in contents}
+        computed = [c for slot, c in contents.items() if sources[slot] is None]
+        carried = [self._entries(s) for s in sources.values() if s is not None]
+        product = step.func.overloadpacket in _PRODUCTS
+        if not computed:
+            return like, scale
+        for k, u in enumerate(self.new):
+            i, s = computed[0].like[k], computed[0].scale[k]
+            if i in (u, CONSTANT):
+                continue
+            if any(c.like[k] != i or c.scale[k] != s for c in computed[1:]):
+                continue
+            if s == 1 or (product and len(computed) == 1):
+                fits = all(torch.equal(e[u], e[i]) for e in carried)
+            else:
+                fits = _scales(step, len(contents), s) and all(_close(e[u], s * e[i], self._eps()) for e in carried)
+            if fits:
+                like[k], scale[k] = i, s
+        return like, scale
+
+    def _evaluated(
+        self, step: Step, contents: Mapping[int, Content], constant: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return the operator's value on constant units, and how it moves with their weights."""
+        value, slope = np.full(len(self.new), np.nan), np.ones(len(self.new))
+        if not constant.any():
+            return value, slope
+        leaves: list[Tensor] = []
+
+        def operand(a: object) -> object:
+            if not isinstance(a, Slot):
+                return a
+            if a.number in contents:
+                made = torch.from_numpy(contents[a.number].scale[constant]).requires_grad_()
+                if self._source(step, a.number) is None:
+                    leaves.append(made)
+                return made * 1
+            return self._single(step, a.number)
+
+        args, kwargs = tree_map(operand, (step.args, dict(step.kwargs)))
+        if any(a is None and isinstance(b, Slot) for a, b in zip(args, step.args, strict=True)):
+            return value, slope
+        with torch.enable_grad():
+            result = step.func(*args, **kwargs)
+            grads = torch.autograd.grad(result.sum(), leaves, allow_unused=True) if (
+                leaves and result.requires_grad) else ()
+        value[constant] = result.detach().numpy()
+        moved = np.zeros(int(constant.sum()))
+        slots = [s for s in contents if self._source(step, s) is None]
+        for slot, grad in zip(slots, grads, strict=False):
+            if grad is not None:
+                moved = moved + grad.numpy() * contents[slot].slope[constant]
+        slope[constant] = moved
+        return value, slope
+
+    def _single(self, step: Step, slot: int) -> Tensor | None:
+        """Return the one number that a parameter without units holds, None if it has more."""
+        source = self._source(step, slot)
+        if source is None or self.state[source.path].numel() != 1:
+            return None
+        return self.state[source.path].detach().double().reshape(())
+
+    def _norm(self, step: Step) -> Content:
+        content = self.content(step.inputs[0])
+        weight, bias, mean, var = (self._norm_part(step, i) for i in range(1, 5))
+        eps = next(a for a in reversed(step.args) if isinstance(a, float))
+        batch = step.mode == "train" and _uses_batch(step) or mean is None
+        count = len(self.resized.units)
+        w = torch.ones(count, 1) if weight is None else weight
+        b = torch.zeros(count, 1) if bias is None else bias
+        new = torch.from_numpy(self.new)
+        if batch:
+            value, rate = b[new], w[new] / eps**0.5
+        else:
+            assert mean is not None and var is not None
+            rate = w[new] / (var[new] + eps).sqrt()
+            value = rate * (torch.from_numpy(content.scale)[:, None] - mean[new]) + b[new]
+        constant = content.constant()
+        parts = [p for p in (weight, bias, mean, var) if p is not None]
+        fits = [
+            content.scale[k] == 1
+            and all(torch.equal(p[content.like[k]], p[u]) for p in parts)
+            for k, u in enumerate(self.new)
+        ]
+        kept = np.array(fits, dtype=bool) & ~constant
+        return Content(
+            self.new,
+            np.where(constant, CONSTANT, np.where(kept, content.like, self.new)),
+            np.where(constant, value[:, 0].double().numpy(), 1.0),
+            content.slope * rate[:, 0].double().numpy(),
+        )
+
+    def _norm_part(self, step: Step, position: int) -> Tensor | None:
+        """Return one per-unit input of a batch norm by unit, None where it has none."""
+        part = step.args[position] if position < len(step.args) else None
+        if not isinstance(part, Slot):
+            return None
+        source = self._source(step, part.number)
+        if source is None:
+            return torch.full((len(self.resized.units), 1), float("nan"), dtype=torch.double)
+        return self._entries(source)
+
+    def _contract(self, step: Step) -> Content | None:
+        meeting = [key for key, axes in step.contracted.items() if self.axis in axes]
+        if meeting:
+            self._arrive(step, meeting)
+        if not any(self._has(number) for number in step.outputs):
+            return None
+        return self._written(step, meeting)
+
+    def _arrive(self, step: Step, meeting: list[tuple[int, int]]) -> None:
+        weights = [(slot, dim) for slot, dim in meeting if self._source(step, slot) is not None]
+        found = [self.content(step.inputs[slot]) for slot, _ in meeting]
+        if not weights:
+            self.arrivals.append(Arrival(step, found[0], None, found[1]))
+            return
+        slot, dim = weights[-1]
+        source = self._source(step, slot)
+        assert source is not None
+        at = self._tensor_dim(source, dim)
+        if at is None:
+            self.arrivals.append(Arrival(step, found[0], None, found[1]))
+            return
+        other = next(self.content(step.inputs[s]) for s, _ in meeting if s != slot)
+        self.arrivals.append(Arrival(step, other, at))
+
+    def _tensor_dim(self, source: Source, dim: int) -> ParameterDim | None:
+        """Return the tensor's dim that a contracted dim of a value is, None if it is not certain."""
+        if source.dims is not None:
+            return ParameterDim(source.path, source.dims[dim])
+        dims = self.resized.dims(source.path)
+        return ParameterDim(source.path, dims[0]) if len(dims) == 1 else None
+
+    def _written(self, step: Step, meeting: list[tuple[int, int]]) -> Content:
+        """Return what a contraction writes to the new units that it keeps."""
+        contracted = {slot: dim for slot, dim in meeting}
+        kept = [s for s in self._carrying(step) if s != step.bias and self._keeps(step, s, contracted)]
+        weights = [s for s in kept if self._source(step, s) is not None]
+        if len(kept) == 1 and weights:
+            return self._rows(step, weights[0], contracted.get(weights[0]))
+        contents = [self.content(step.inputs[s]) for s in kept]
+        zero = np.any([c.zero() for c in contents], axis=0)
+        like, scale = self._agreed_factors(step, kept, weights)
+        if step.bias is not None:
+            bias = self._source(step, step.bias)
+            carried = bias is not None and self._has(step.inputs[step.bias])
+            added = self._entries(bias)[torch.from_numpy(self.new)] if carried else None
+            value = np.full(len(self.new), np.nan) if added is None else added[:, 0].numpy()
+            zero = zero & ~np.isnan(value)
+            return Content(
+                self.new,
+                np.where(zero, CONSTANT, like), np.where(zero, value, scale), np.ones(len(self.new))
+            )
+        return Content(
+            self.new,
+            np.where(zero, CONSTANT, like), np.where(zero, 0.0, scale), np.ones(len(self.new))
+        )
+
+    def _keeps(self, step: Step, slot: int, contracted: Mapping[int, int]) -> bool:
+        """Return whether an input has the axis in a dim that is not summed over."""
+        layouts = self.resized.analysis.values[step.inputs[slot]]
+        return any(
+            self.axis in layout.axes() and (d != contracted.get(slot) or self.axis in step.batched)
+            for d, layout in enumerate(layouts)
+        )
+
+    def _agreed_factors(
+        self, step: Step, kept: list[int], weights: list[int]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        like, scale = self.new.copy(), np.ones(len(self.new))
+        computed = [self.content(step.inputs[s]) for s in kept if s not in weights]
+        sources = [self._source(step, s) for s in weights]
+        if step.bias is not None and self._has(step.inputs[step.bias]):
+            sources.append(self._source(step, step.bias))
+        if not computed or any(s is None for s in sources):
+            return like, scale
+        carried = [self._entries(s) for s in sources if s is not None]
+        for k, u in enumerate(self.new):
+            i = computed[0].like[k]
+            equal = all(c.like[k] == i and c.scale[k] == 1 for c in computed)
+            if equal and i not in (u, CONSTANT) and all(torch.equal(e[u], e[i]) for e in carried):
+                like[k] = i
+        return like, scale
+
+    def _rows(self, step: Step, slot: int, contracted: int | None) -> Content:
+        """Return what the rows of a weight write: their own, a multiple of a unit, the bias alone."""
+        source = self._source(step, slot)
+        assert source is not None
+        dims = [
+            d
+            for d in self.resized.dims(source.path)
+            if contracted is None or source.dims is None or d != source.dims[contracted]
+        ]
+        if len(dims) != 1:
+            return self.arbitrary()
+        rows = self.slices(ParameterDim(source.path, dims[0]))
+        bias = self._bias(step)
+        if bias is None:
+            return self.arbitrary()
+        like, scale = self.guess
+        zero = (rows[torch.from_numpy(self.new)] == 0).all(1).numpy()
+        both = torch.cat([rows, bias], 1)
+        fits = np.array([
+            like[k] != u and _close(both[u], scale[k] * both[like[k]], self._tolerance(scale[k]))
+            for k, u in enumerate(self.new)
+        ], dtype=bool)
+        value = bias[torch.from_numpy(self.new)][:, 0].numpy()
+        return Content(
+            self.new,
+            np.where(zero, CONSTANT, np.where(fits, like, self.new)),
+            np.where(zero, value, np.where(fits, scale, 1.0)),
+            np.ones(len(self.new)),
+        )
+
+    def _tolerance(self, scale: float) -> float:
+        return 0.0 if scale == 1 else self._eps()
+
+    def _bias(self, step: Step) -> Tensor | None:
+        """Return a contraction's bias by unit, zeros without one, None where it is computed."""
+        none = torch.zeros(len(self.resized.units), 1, dtype=torch.double)
+        if step.bias is None or not self._has(step.inputs[step.bias]):
+            return none
+        source = self._source(step, step.bias)
+        return None if source is None else self._entries(source)
+
+    # --- contractions
+
+    def reduction(self, arrival: Arrival) -> Reduction:
+        """Return the weights that the narrower layer needs where the axis is contracted."""
+        assert arrival.weight is not None
+        columns, content = self.slices(arrival.weight), arrival.content
+        total = columns.clone()
+        constant = torch.zeros(columns.shape[1], dtype=columns.dtype)
+        own = np.zeros(len(self.resized.units), dtype=bool)
+        for k in reversed(range(len(self.new))):
+            u, i = self.new[k], content.like[k]
+            if i == CONSTANT:
+                constant = constant + content.scale[k] * columns[u]
+            elif i != u:
+                total[i] = total[i] + content.scale[k] * total[u]
+            else:
+                own[u] = True
+        return Reduction(total[torch.from_numpy(self.old)], total[torch.from_numpy(own)], constant)
+
+
+_PRODUCTS = {aten.mul, aten.mul_}
+_LINEAR = {aten.neg, aten.add, aten.add_, aten.sub, aten.sub_}
+
+
+def _scales(step: Step, carried: int, scale: float) -> bool:
+    """Return whether an operator multiplies its output by what multiplies all its inputs."""
+    linear = step.func.overloadpacket in _LINEAR
+    whole = carried == len(step.inputs) and (not linear or len(step.args) == carried)
+    return whole and (linear or (step.row.homogeneous and scale > 0))
+
+
+def _close(a: Tensor, b: Tensor, eps: float) -> bool:
+    """Return whether two rows are equal up to rounding at the precision `eps`."""
+    if eps == 0:
+        return torch.equal(a, b)
+    return bool((a - b).abs().max() <= 8 * eps * max(float(a.abs().max()), 1e-300))
+
+
+def _uses_batch(step: Step) -> bool:
+    flags = [a for a in step.args if isinstance(a, bool)]
+    return flags[0] if flags else "no_stats" in str(step.func) or "update" in str(step.func)
+
+
+def _fill_value(step: Step) -> float | None:
+    name = step.func.overloadpacket.__name__
+    if "zero" in name:
+        return 0.0
+    if "ones" in name:
+        return 1.0
+    if "full" in name:
+        value = step.args[2] if name == "new_full" else step.args[1]
+        return float(value) if isinstance(value, int | float) else None
+    return None
+
+

@@ -1,0 +1,281 @@
+"""Numbers in calls that state a size: the ones that an edit of an axis must change."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from graphgrow.errors import NotApplicable
+from graphgrow.ir.analyse import Analysis, Slot
+from graphgrow.ir.attributes import Sizes
+from graphgrow.ir.layout import Layout
+
+
+def resize(structure: fx.Graph, analysis: Analysis, mode: str, widths: Mapping[str, int]) -> fx.Graph:
+    """Return `structure` with the sizes stated in calls changed to what `widths` make them.
+
+    The same graph comes back where nothing changes. A changed node's meta says so in `edited`.
+
+    Raises:
+        NotApplicable: where a size cannot be stated anew.
+    """
+    edits = _Edits(analysis, mode, widths)
+    found = {node: new for node in structure.nodes if (new := edits.of(node)) is not None}
+    if not found:
+        return structure
+    made, copies = fx.Graph(), {}
+    made.output(made.graph_copy(structure, copies))
+    for node, (target, args, kwargs) in found.items():
+        copy = copies[node]
+        back = lambda n: copies[n]  # noqa: E731
+        copy.target = target
+        copy.args, copy.kwargs = fx.map_arg(args, back), fx.map_arg(kwargs, back)
+        copy.meta["edited"] = f"{_called(node)}{_said(node.args)} becomes {_said(copy.args)}"
+    return made
+
+
+def _called(node: fx.Node) -> str:
+    return node.target if isinstance(node.target, str) else node.target.__name__
+
+
+def _said(args: Any) -> str:
+    return str(fx.map_arg(args, lambda n: n.name)).replace("'", "")
+
+
+Call = tuple[Any, tuple[Any, ...], dict[str, Any]]
+
+
+class _Edits:
+    """The calls of one structure, seen with the widths before and after."""
+
+    def __init__(self, analysis: Analysis, mode: str, widths: Mapping[str, int]) -> None:
+        self.analysis, self.mode = analysis, mode
+        self.before, self.after = analysis.widths(), widths
+        self.numbers: dict[fx.Node, Any] = {}
+
+    def of(self, node: fx.Node) -> Call | None:
+        """Return target and arguments of a call that must change, None for all others."""
+        if node.op not in ("call_function", "call_method"):
+            return None
+        rule = _RULES.get(_called(node))
+        changed = rule(self, node) if rule is not None else None
+        if changed is None or changed == (node.target, tuple(node.args), dict(node.kwargs)):
+            return None
+        return changed
+
+    def dims(self, node: Any, part: int | None = None) -> Sequence[Layout] | None:
+        """Return the layouts of a node's tensor, None where it is not one tensor."""
+        value = self.analysis.nodes.get((self.mode, node.name)) if isinstance(node, fx.Node) else None
+        if part is not None and isinstance(value, tuple | list):
+            value = value[part]
+        return self.analysis.values[value.number] if isinstance(value, Slot) else None
+
+    def moves(self, layout: Layout) -> bool:
+        """Return whether an edit changes a layout's size."""
+        return layout.size(self.before) != layout.size(self.after)
+
+    def number(self, arg: Any) -> Any:
+        """Return what an int argument will be when the edited graph runs."""
+        if not isinstance(arg, fx.Node):
+            return arg
+        if arg not in self.numbers:
+            self.numbers[arg] = self._computed(arg)
+        return self.numbers[arg]
+
+    def _computed(self, node: fx.Node) -> Any:
+        value = self.analysis.nodes.get((self.mode, node.name))
+        if node.op == "call_method" and node.target == "size" and len(node.args) == 2:
+            dims = self.dims(node.args[0])
+            return value if dims is None else dims[self.number(node.args[1])].size(self.after)
+        if node.op == "call_method" and node.target == "numel":
+            dims = self.dims(node.args[0])
+            return value if dims is None else math.prod(d.size(self.after) for d in dims)
+        if node.op == "call_function" and getattr(node.target, "__module__", "") in _ARITHMETIC:
+            args = [self.number(a) for a in node.args]
+            if isinstance(value, int | float) and all(isinstance(a, int | float) for a in args):
+                return node.target(*args)
+        return value
+
+    def stated(self, arg: Any, layout: Layout) -> Any:
+        """Return the argument that states a dim's size: as it is where it comes out right."""
+        new, now = layout.size(self.after), self.number(arg)
+        if now in (new, -1) or layout.size(self.before) != self.number_before(arg):
+            return arg
+        if isinstance(arg, fx.Node) and _has_free_sizes(layout):
+            raise NotApplicable(
+                f"the size '{arg.name}' is computed in a way that does not follow the new width"
+            )
+        return new
+
+    def number_before(self, arg: Any) -> Any:
+        """Return what an int argument was in the recorded run."""
+        return self.analysis.nodes.get((self.mode, arg.name)) if isinstance(arg, fx.Node) else arg
+
+
+_ARITHMETIC = ("_operator", "operator", "math", "builtins")
+
+
+def _has_free_sizes(layout: Layout) -> bool:
+    return any(
+        _has_free_sizes(f) if isinstance(f, Layout) else isinstance(f, int) and f > 1
+        for term in layout.terms
+        for f in term
+    )
+
+
+def _sizes(first: int) -> Callable[[_Edits, fx.Node], Call | None]:
+    """Return the rule of a call whose sizes, spread or in one list, begin at argument `first`."""
+
+    def rule(edits: _Edits, node: fx.Node) -> Call | None:
+        dims, args = edits.dims(node), list(node.args)
+        listed = len(args) > first and isinstance(args[first], list | tuple)
+        stated = list(args[first]) if listed else args[first:]
+        if dims is None or len(stated) != len(dims):
+            return None
+        new = [edits.stated(a, d) if isinstance(a, int | fx.Node) else a
+               for a, d in zip(stated, dims, strict=True)]
+        tail = [type(args[first])(new), *args[first + 1 :]] if listed else new
+        return node.target, (*args[:first], *tail), dict(node.kwargs)
+
+    return rule
+
+
+def _unflatten(edits: _Edits, node: fx.Node) -> Call | None:
+    dims = edits.dims(node)
+    if dims is None or len(node.args) != 3:
+        return None
+    x, dim, sizes = node.args
+    before = edits.dims(x)
+    at = dim % len(before) if before is not None and isinstance(dim, int) else 0
+    stated = [edits.stated(a, d) for a, d in zip(sizes, dims[at : at + len(sizes)], strict=True)]
+    return node.target, (x, dim, type(sizes)(stated)), dict(node.kwargs)
+
+
+def _split(edits: _Edits, node: fx.Node) -> Call | None:
+    """Split by the pieces' own sizes where one size, or a count, would give others."""
+    x, sizes = node.args[:2]
+    at = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)
+    pieces = _pieces(edits, node, at)
+    if pieces is None or not any(edits.moves(p) for p in pieces):
+        return None
+    wanted = [p.size(edits.after) for p in pieces]
+    if _called(node) in ("chunk", "tensor_split") or not isinstance(sizes, list | tuple):
+        whole = sum(wanted)
+        if _called(node) == "split":
+            step = edits.number(sizes)
+            usual = [min(step, whole - start) for start in range(0, whole, step)]
+        else:
+            step = -(-whole // edits.number(sizes))
+            usual = [min(step, whole - start) for start in range(0, whole, step)]
+        if usual == wanted:
+            return None
+    elif [edits.number(s) for s in sizes] == wanted:
+        return None
+    if node.op == "call_method":
+        return "split", (x, wanted, at), {}
+    return torch.split, (x, wanted, at), {}
+
+
+def _pieces(edits: _Edits, node: fx.Node, at: Any) -> list[Layout] | None:
+    value = edits.analysis.nodes.get((edits.mode, node.name))
+    if not isinstance(value, tuple | list) or not all(isinstance(v, Slot) for v in value):
+        return None
+    return [edits.analysis.values[v.number][at] for v in value]
+
+
+def _getitem(edits: _Edits, node: fx.Node) -> Call | None:
+    x, index = node.args
+    before = edits.dims(x)
+    items = index if isinstance(index, tuple) else (index,)
+    if before is None or not any(isinstance(i, slice) for i in items):
+        return None
+    after, d = [], 0
+    for i, item in enumerate(items):
+        if item is Ellipsis:
+            d = len(before) - sum(o is not None for o in items[i + 1 :])
+        elif item is not None:
+            if isinstance(item, slice) and edits.moves(before[d]):
+                item = _bounds(edits, item, before[d])
+            d += 1
+        after.append(item)
+    new = tuple(after) if isinstance(index, tuple) else after[0]
+    return node.target, (x, new), dict(node.kwargs)
+
+
+def _bounds(edits: _Edits, item: slice, layout: Layout) -> slice:
+    if item.step not in (None, 1):
+        raise NotApplicable("a slice with a step has no new bounds")
+    return slice(*(_bound(edits, b, layout) for b in (item.start, item.stop)), item.step)
+
+
+def _bound(edits: _Edits, bound: Any, layout: Layout) -> Any:
+    """Return a slice's bound moved to where the same boundary between parts is now."""
+    old = edits.number_before(bound)
+    if old is None or not isinstance(old, int):
+        return bound
+    whole, new_whole = layout.size(edits.before), layout.size(edits.after)
+    from_end = old < 0
+    place = old + whole if from_end else min(old, whole)
+    passed = new = 0
+    for term in layout.terms:
+        if passed == place:
+            break
+        part = Layout((term,))
+        passed, new = passed + part.size(edits.before), new + part.size(edits.after)
+    if old > whole:
+        return bound
+    wanted = new - new_whole if from_end else new
+    if wanted == edits.number(bound):
+        return bound
+    if passed != place:
+        raise NotApplicable(f"the slice bound {old} falls inside the axis that is edited")
+    return wanted
+
+
+def _narrow(edits: _Edits, node: fx.Node) -> Call | None:
+    x, dim, start, length = (*node.args, *node.kwargs.values())[:4]
+    before, out = edits.dims(x), edits.dims(node)
+    if before is None or out is None or not edits.moves(before[dim]):
+        return None
+    start = _bound(edits, start, before[dim])
+    return node.target, (x, dim, start, edits.stated(length, out[dim])), {}
+
+
+def _grouped(position: int, name: str) -> Callable[[_Edits, fx.Node], Call | None]:
+    """Return the rule of a call on channels that states a number of groups."""
+
+    def rule(edits: _Edits, node: fx.Node) -> Call | None:
+        dims = edits.dims(node.args[0])
+        by_name = name in node.kwargs
+        groups = node.kwargs.get(name) if by_name else (
+            node.args[position] if len(node.args) > position else None)
+        old = edits.number_before(groups)
+        if dims is None or not isinstance(old, int) or old == 1:
+            return None
+        new = Sizes({}, dims, edits.before, edits.after).lead(dims[1], old)
+        if new == edits.number(groups):
+            return None
+        if by_name:
+            return node.target, tuple(node.args), {**node.kwargs, name: new}
+        args = (*node.args[:position], new, *node.args[position + 1 :])
+        return node.target, args, dict(node.kwargs)
+
+    return rule
+
+
+_RULES: dict[str, Callable[[_Edits, fx.Node], Call | None]] = {
+    **dict.fromkeys(("view", "reshape", "expand"), _sizes(1)),
+    **dict.fromkeys(("new_zeros", "new_ones", "new_empty", "new_full"), _sizes(1)),
+    **dict.fromkeys(("zeros", "ones", "empty", "full", "rand", "randn"), _sizes(0)),
+    "unflatten": _unflatten,
+    **dict.fromkeys(("split", "split_with_sizes", "chunk", "tensor_split"), _split),
+    **dict.fromkeys(("getitem", "__getitem__"), _getitem),
+    "narrow": _narrow,
+    "group_norm": _grouped(1, "num_groups"),
+    "channel_shuffle": _grouped(1, "groups"),
+    **dict.fromkeys(("conv1d", "conv2d", "conv3d"), _grouped(6, "groups")),
+}

@@ -1,0 +1,196 @@
+"""The proof that a wider layer computes what the narrower one did, read off the followed units."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from graphgrow.ir.analyse import ParameterDim, Step
+from graphgrow.passes.follow import Arrival, Follower, Reduction
+from graphgrow.passes.units import Resized
+
+
+@dataclass(frozen=True)
+class Proof:
+    """Why a rewrite keeps the function: the rewrite, its modes and domain, and the steps.
+
+    `error` is the largest change measured relative to the output, where the rewrite is not exact,
+    or the bound on rounding that a factorisation brings; None where neither says anything.
+    """
+
+    rewrite: str
+    exact: bool = True
+    modes: tuple[str, ...] = ("train", "eval")
+    domain: str = "all inputs"
+    lines: tuple[str, ...] = ()
+    error: float | None = None
+
+    def __str__(self) -> str:
+        said = "exact" if self.exact else "not exact"
+        head = f"{self.rewrite}: {said} in {' and '.join(self.modes) or 'no mode'}, {self.domain}"
+        if self.error is not None:
+            head += f", error {self.error:.1e}"
+        return "\n".join([head, *(f"  {line}" for line in self.lines)])
+
+
+@dataclass(frozen=True, eq=False)
+class Verdict:
+    """What following the new units showed: a reason against, or what must be folded and the lines.
+
+    `folds` has, for each bias, the constant that the new units add and that it must give up.
+    `dead` are new units that could never learn.
+    """
+
+    reason: str | None = None
+    folds: Mapping[str, Tensor] = field(default_factory=dict)
+    lines: tuple[str, ...] = ()
+    dead: tuple[int, ...] = ()
+
+
+def judge(follower: Follower, narrow: Mapping[str, Tensor]) -> Verdict:
+    """Return whether the followed axis computes what the tensors of the narrower one do."""
+    alive = np.zeros(len(follower.new), dtype=bool)
+    folds: dict[str, Tensor] = {}
+    lines: dict[tuple[str, str], list[str]] = {}
+    for arrival in follower.arrivals:
+        found = _judged(follower, arrival, narrow)
+        if found.reason is not None:
+            return found
+        for path, constant in found.folds.items():
+            if path in folds and not torch.equal(folds[path], constant):
+                return Verdict(_disagreeing(arrival.step, path))
+            folds[path] = constant
+        alive |= _alive(follower, arrival)
+        where = arrival.step.where
+        lines.setdefault((where, " ".join(found.lines)), []).append(arrival.step.mode)
+    missing = _unfolded(follower, folds)
+    if missing is not None:
+        return Verdict(missing)
+    said = tuple(f"[{' and '.join(dict.fromkeys(m))}] {w}: {t}" for (w, t), m in lines.items())
+    return Verdict(None, folds, said, tuple(int(u) for u in follower.new[~alive]))
+
+
+def _disagreeing(step: Step, path: str) -> str:
+    return f"the constant that new units add at {step.where} is not the same each time '{path}' is used"
+
+
+def _unfolded(follower: Follower, folds: Mapping[str, Tensor]) -> str | None:
+    """Return what speaks against folding: a bias that is also used where no constant arrives."""
+    analysis = follower.resized.analysis
+    arrived = {id(a.step) for a in follower.arrivals}
+    for step in analysis.steps:
+        for number in step.inputs:
+            source = analysis.sources.get(number)
+            folded = source is not None and bool((folds.get(source.path, torch.zeros(1)) != 0).any())
+            if folded and id(step) not in arrived and step.row.kind.name != "MOVE":
+                return f"the bias '{source.path}' is also used by {step.where}"
+    return None
+
+
+def _judged(follower: Follower, arrival: Arrival, narrow: Mapping[str, Tensor]) -> Verdict:
+    step = arrival.step
+    if arrival.weight is None:
+        zero = arrival.content.zero()
+        zero = zero | arrival.other.zero() if arrival.other is not None else zero
+        if zero.all():
+            return Verdict(lines=("new units are zero and add nothing",))
+        return Verdict(f"{step.where} sums over its units with no weight that could be zero")
+    reduction = follower.reduction(arrival)
+    places = old_entries(follower.resized, arrival.weight)
+    before = narrow_slices(follower.resized, narrow[arrival.weight.path], arrival.weight)
+    if not torch.equal(reduction.columns[:, places], before.to(reduction.columns)):
+        return Verdict(
+            f"the weights that {step.where} has for old units and their copies do not add up "
+            f"to its old weights in {step.mode} mode ('{arrival.weight}')"
+        )
+    if bool((reduction.own[:, places] != 0).any()):
+        return Verdict(
+            f"{step.where} reads new units through weights that are not zero in {step.mode} mode"
+        )
+    lines = [_line(arrival, reduction)]
+    constant = reduction.constant[places]
+    if not bool((constant != 0).any()):
+        return Verdict(lines=tuple(lines))
+    return _folded(follower, arrival, reduction, lines)
+
+
+def _line(arrival: Arrival, reduction: Reduction) -> str:
+    content, at = arrival.content, arrival.weight
+    copies = int(((content.like >= 0) & ~_itself(arrival)).sum())
+    parts = []
+    if copies:
+        parts.append(f"{copies} multiples of other units, their columns of '{at}' add up")
+    if content.constant().any():
+        parts.append(f"{int(content.constant().sum())} constant units")
+    if len(reduction.own):
+        parts.append(f"{len(reduction.own)} new units meet zero columns of '{at}'")
+    return ", ".join(parts)
+
+
+def _itself(arrival: Arrival) -> np.ndarray:
+    content = arrival.content
+    return content.like == content.units
+
+
+def _folded(
+    follower: Follower, arrival: Arrival, reduction: Reduction, lines: list[str]
+) -> Verdict:
+    step, at = arrival.step, arrival.weight
+    assert at is not None
+    analysis = follower.resized.analysis
+    source = None if step.bias is None else analysis.sources.get(step.inputs[step.bias])
+    if step.border:
+        return Verdict(f"{step.where} pads with zeros, so a constant unit is none at the border")
+    if source is None:
+        return Verdict(f"{step.where} has no bias to fold the constant of new units into")
+    constant = _per_output(follower.resized, at, source.path, reduction.constant)
+    return Verdict(
+        folds={source.path: constant},
+        lines=(*lines, f"their constant is folded out of '{source.path}'"),
+    )
+
+
+def _per_output(resized: Resized, at: ParameterDim, bias: str, entries: Tensor) -> Tensor:
+    """Return a constant by entry of a bias: entries of a weight summed over all dims but that one."""
+    analysis = resized.analysis
+    widths = resized.widths()
+    layouts = analysis.state[at.path]
+    others = [d for d in range(len(layouts)) if d != at.dim]
+    shape = [-1, *(layouts[d].size(widths) for d in others)]
+    out = next(k for k, d in enumerate(others) if layouts[d] == analysis.state[bias][0])
+    summed = entries.reshape(shape)
+    return summed.sum([d for d in range(summed.dim()) if d != out + 1])
+
+
+def old_entries(resized: Resized, at: ParameterDim) -> Tensor:
+    """Return which entries of a unit's slice belong to old units in the tensor's other dims."""
+    widths, layouts = resized.widths(), resized.analysis.state[at.path]
+    places = resized.at(at.path, at.dim).shape[1]
+    mask = torch.ones(places, dtype=torch.bool)
+    for d, layout in enumerate(layouts):
+        if d == at.dim:
+            continue
+        units = layout.units(widths, resized.axis)
+        old = torch.from_numpy((units < 0) | np.isin(units, resized.old))
+        mask = (mask[:, None] & old[None, :]).reshape(-1)
+    return mask
+
+
+def narrow_slices(resized: Resized, tensor: Tensor, at: ParameterDim) -> Tensor:
+    """Return a narrow tensor's entries by old unit: `(old width, entries)`."""
+    same = replace(resized, units=np.arange(len(resized.old)))
+    return same.slices(tensor, at.path, at.dim)
+
+
+def _alive(follower: Follower, arrival: Arrival) -> np.ndarray:
+    """Return which new units get a gradient at one arrival, now or once their readers moved."""
+    content = arrival.content
+    if arrival.weight is None:
+        return ~content.zero() | (content.slope != 0)
+    columns = follower.slices(arrival.weight)[torch.from_numpy(follower.new)]
+    read = (columns != 0).any(1).numpy()
+    return ~content.zero() | (read & (content.slope != 0))

@@ -1,0 +1,74 @@
+"""A graph with one axis resized: tensors, module attributes and stated sizes all follow."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
+
+from graphgrow.ir.analyse import Slot
+from graphgrow.ir.assemble import shell, twin
+from graphgrow.ir.attributes import Sizes, resized
+from graphgrow.ir.graph import Graph
+from graphgrow.ir.layout import Layout
+from graphgrow.passes import literals
+from graphgrow.passes.units import Resized
+
+
+def resize(graph: Graph, change: Resized, tensors: Mapping[str, Tensor]) -> Graph:
+    """Return `graph` with an axis resized and `tensors`, by path, in place of the old ones.
+
+    Raises:
+        NotApplicable: where a size stated in a call cannot be stated anew.
+    """
+    widths = change.widths()
+    train = literals.resize(graph.train, graph.analysis, "train", widths)
+    same = graph.eval is graph.train
+    eval_ = train if same else literals.resize(graph.eval, graph.analysis, "eval", widths)
+    made = {id(graph.state[path]): twin(graph.state[path], t) for path, t in tensors.items()}
+    state = {path: made.get(id(tensor), tensor) for path, tensor in graph.state.items()}
+    modules = _retold(graph, widths)
+    return replace(graph, train=train, eval=eval_, state=state, modules=modules)
+
+
+def _retold(graph: Graph, widths: Mapping[str, int]) -> dict[str, nn.Module]:
+    """Return the module templates with their attributes true again; untouched ones are shared."""
+    inputs = _inputs(graph)
+    fresh: dict[int, nn.Module] = {}
+    for path in graph.leaves:
+        module = graph.modules[path]
+        told = resized(module, _sizes(graph, path, inputs.get(path, ()), widths))
+        if told and id(module) not in fresh:
+            fresh[id(module)] = _with(module, told)
+    return {path: fresh.get(id(module), module) for path, module in graph.modules.items()}
+
+
+def _with(module: nn.Module, attributes: dict[str, Any]) -> nn.Module:
+    made = shell(module, keep_class=True)
+    made.__dict__.update(attributes)
+    return made
+
+
+def _sizes(
+    graph: Graph, path: str, inputs: tuple[Layout, ...], widths: Mapping[str, int]
+) -> Sizes:
+    module, analysis = graph.modules[path], graph.analysis
+    names = [*module._parameters, *module._buffers]
+    found = {n: analysis.state[f"{path}.{n}"] for n in names if f"{path}.{n}" in analysis.state}
+    return Sizes(found, inputs, analysis.widths(), widths)
+
+
+def _inputs(graph: Graph) -> dict[str, tuple[Layout, ...]]:
+    """Return the layouts of the first input of every leaf module, by path."""
+    found: dict[str, tuple[Layout, ...]] = {}
+    for mode, structure in (("train", graph.train), ("eval", graph.eval)):
+        for node in structure.nodes:
+            if node.op == "call_module" and node.target not in found:
+                arg = next((a for a in tree_leaves(node.args) if isinstance(a, fx.Node)), None)
+                value = graph.analysis.nodes.get((mode, arg.name)) if arg is not None else None
+                if isinstance(value, Slot):
+                    found[str(node.target)] = graph.analysis.values[value.number]
+    return found

@@ -1,0 +1,111 @@
+"""Tensors seen unit by unit: slices of an axis, and the index map of an edited axis."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from graphgrow.ir.analyse import Analysis
+from graphgrow.passes.rewrite import TensorOrigin
+
+
+@dataclass(frozen=True, eq=False)
+class Resized:
+    """One axis before and after an edit: `units` has the old unit of every new unit, −1 for new."""
+
+    analysis: Analysis
+    axis: str
+    units: np.ndarray
+
+    @property
+    def old(self) -> np.ndarray:
+        """The positions, in the wider axis, of the units that exist in both."""
+        return np.flatnonzero(self.units >= 0)
+
+    @property
+    def new(self) -> np.ndarray:
+        """The positions, in the wider axis, of the units that only it has."""
+        return np.flatnonzero(self.units < 0)
+
+    def widths(self) -> dict[str, int]:
+        """Return the width of every axis after the edit."""
+        return {**self.analysis.widths(), self.axis: len(self.units)}
+
+    def dims(self, path: str) -> list[int]:
+        """Return the dims of a tensor in which the axis takes part."""
+        layouts = self.analysis.state[path]
+        return [d for d, layout in enumerate(layouts) if self.axis in layout.axes()]
+
+    def paths(self) -> list[str]:
+        """Return the tensors that the edit changes."""
+        return [path for path in self.analysis.state if self.dims(path)]
+
+    def origin(self, path: str) -> TensorOrigin:
+        """Return where each entry of a changed tensor comes from."""
+        widths, moved = self.analysis.widths(), {self.axis: self.units}
+        changed = self.dims(path)
+        return TensorOrigin(
+            tuple(
+                torch.from_numpy(layout.origin(widths, moved)) if d in changed else None
+                for d, layout in enumerate(self.analysis.state[path])
+            )
+        )
+
+    def at(self, path: str, dim: int) -> np.ndarray:
+        """Return, for each unit after the edit, its positions along a dim: `(width, places)`."""
+        units = self.analysis.state[path][dim].units(self.widths(), self.axis)
+        order = np.argsort(units, kind="stable")
+        return order[(units < 0).sum() :].reshape(len(self.units), -1)
+
+    def slices(self, tensor: Tensor, path: str, dim: int) -> Tensor:
+        """Return a tensor's entries by unit: `(width, entries)`, those of one dim."""
+        places = self.at(path, dim)
+        picked = tensor.detach().index_select(dim, torch.from_numpy(places.reshape(-1)))
+        return picked.movedim(dim, 0).reshape(len(self.units), -1)
+
+    def once(self, path: str, dim: int) -> bool:
+        """Return whether no position of a dim belongs to two units of the axis."""
+        layout = self.analysis.state[path][dim]
+        return all(
+            sum(factor == self.axis for factor in term) <= 1 for term in layout.terms
+        )
+
+
+def gather(tensor: Tensor, origin: TensorOrigin) -> Tensor:
+    """Return a tensor's entries moved to their new places, zero where they are new."""
+    moved = tensor.detach()
+    for dim, index in enumerate(origin.dims):
+        if index is not None:
+            index = index.to(moved.device)
+            moved = moved.index_select(dim, index.clamp(min=0))
+            shape = [-1 if d == dim else 1 for d in range(moved.dim())]
+            moved = moved.masked_fill((index < 0).reshape(shape), 0)
+    return moved
+
+
+def is_new(origin: TensorOrigin, shape: torch.Size) -> Tensor:
+    """Return which entries of a changed tensor are new."""
+    new = torch.zeros(shape, dtype=torch.bool)
+    for dim, index in enumerate(origin.dims):
+        if index is not None:
+            new |= (index < 0).reshape([-1 if d == dim else 1 for d in range(len(shape))])
+    return new
+
+
+def inserted(width: int, count: int, at: int | None) -> np.ndarray:
+    """Return the old unit of every unit after `count` new ones are inserted before unit `at`."""
+    place = width if at is None else at
+    old = np.arange(width)
+    return np.concatenate([old[:place], np.full(count, -1), old[place:]])
+
+
+def resized_state(
+    state: Mapping[str, Tensor], resized: Resized
+) -> tuple[dict[str, Tensor], dict[str, TensorOrigin]]:
+    """Return the changed tensors with zeros for new entries, and their origins."""
+    origins = {path: resized.origin(path) for path in resized.paths()}
+    return {path: gather(state[path], o) for path, o in origins.items()}, origins

@@ -1,0 +1,324 @@
+"""Schemes for the weights of new units: which side is zero, copied, split, paired or given.
+
+A scheme fills the entries of new units in every tensor that carries the axis; whether the function
+is kept is not taken from the scheme but proved on the numbers.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from graphgrow.errors import NotApplicable
+from graphgrow.ir.analyse import ParameterDim, Slot
+from graphgrow.ir.rules import Kind
+from graphgrow.passes.follow import Follower
+from graphgrow.passes.units import Resized, resized_state
+
+
+class Scheme(Protocol):
+    """What fills the weights of new units."""
+
+    def fill(self, resized: Resized, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the changed tensors, the entries of new units filled."""
+        ...
+
+
+@dataclass(frozen=True)
+class ZeroOutgoing:
+    """New units are like typical old ones and nothing reads them yet (R:A1).
+
+    Incoming weights are drawn from N(0, s²), s the root mean square of the layer's own weights;
+    biases and norms get the mean over the old units. Any activation, both modes.
+    """
+
+    seed: int = 0
+
+    def fill(self, resized: Resized, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the changed tensors, outgoing weights zero."""
+        fill = _Fill(resized, state, self.seed)
+        fill.carriers()
+        fill.producers()
+        fill.consumers_zero()
+        return fill.tensors
+
+
+@dataclass(frozen=True)
+class ZeroIncoming:
+    """New units hold a constant until their incoming weights move (R:A2, A2b).
+
+    Incoming weights are zero, outgoing ones drawn. The constant is 0 where the activations are
+    alive there and map it to zero; else `constant`, folded out of the readers' biases.
+    """
+
+    constant: float | None = None
+    seed: int = 0
+
+    def fill(self, resized: Resized, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the changed tensors, incoming weights zero."""
+        fill = _Fill(resized, state, self.seed)
+        fill.carriers()
+        fill.consumers()
+        fill.producers_zero()
+        fill.constants(self.constant or 0.0)
+        return fill.tensors
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """New units come in equal pairs whose outgoing weights cancel (R:A3). An even number."""
+
+    seed: int = 0
+
+    def fill(self, resized: Resized, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the changed tensors, the second half of the new units twins of the first."""
+        if len(resized.new) % 2:
+            raise NotApplicable(
+                f"cannot widen axis '{resized.axis}' by {len(resized.new)} in pairs: "
+                "the number is odd; give an even one"
+            )
+        fill = _Fill(resized, state, self.seed)
+        fill.carriers()
+        fill.producers()
+        half = len(resized.new) // 2
+        fill.consumers()
+        fill.twins(resized.new[:half], resized.new[half:])
+        return fill.tensors
+
+
+@dataclass(frozen=True)
+class Copy:
+    """New units copy old ones, whose outgoing weights are split entry by entry (R:A4).
+
+    `sources` are the old units to copy, in turn; left out, they are drawn without repetition as
+    far as there are enough. Each split leaves between 5 and 50 percent of a weight to the copy, so
+    that the two parts add up to the old weight bit for bit.
+    """
+
+    sources: tuple[int, ...] | None = None
+    seed: int = 0
+
+    def fill(self, resized: Resized, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the changed tensors, outgoing weights split."""
+        fill = _Fill(resized, state, self.seed)
+        fill.copies(self._chosen(resized))
+        return fill.tensors
+
+    def _chosen(self, resized: Resized) -> np.ndarray:
+        width = len(resized.old)
+        if self.sources is None:
+            order = np.random.default_rng(self.seed).permutation(width)
+            return np.resize(order, len(resized.new))
+        if not self.sources or not all(0 <= s < width for s in self.sources):
+            raise NotApplicable(
+                f"cannot widen axis '{resized.axis}' ({width} units) by copies of "
+                f"{self.sources}: sources are units from 0 to {width - 1}"
+            )
+        return np.resize(np.array(self.sources), len(resized.new))
+
+
+@dataclass(frozen=True)
+class Given:
+    """Weights that a score found: entries of new units by parameter path, as nested tuples.
+
+    `incoming` may name producers and carriers, `outgoing` consumers; each holds, for every new
+    unit, that parameter's entries in row-major order without the axis' own dim, `(units, entries)`.
+    What is not named is as in `ZeroOutgoing`. Build one from tensors with `Given.of`.
+    """
+
+    incoming: tuple[tuple[str, Any], ...] = ()
+    outgoing: tuple[tuple[str, Any], ...] = ()
+    seed: int = 0
+
+    @staticmethod
+    def of(
+        incoming: Mapping[str, Tensor] | None = None,
+        outgoing: Mapping[str, Tensor] | None = None,
+        seed: int = 0,
+    ) -> Given:
+        """Return the scheme that holds these tensors' numbers."""
+
+        def listed(weights: Mapping[str, Tensor] | None) -> tuple[tuple[str, Any], ...]:
+            found = sorted((weights or {}).items())
+            return tuple((path, tuple(map(tuple, w.flatten(1).tolist()))) for path, w in found)
+
+        return Given(listed(incoming), listed(outgoing), seed)
+
+    def fill(self, resized: Resized, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the changed tensors, named entries as given."""
+        fill = _Fill(resized, state, self.seed)
+        fill.carriers()
+        fill.producers()
+        fill.consumers_zero()
+        axis = resized.analysis.axes[resized.axis]
+        fill.given(dict(self.incoming), axis.producers + axis.carriers)
+        fill.given(dict(self.outgoing), axis.consumers)
+        return fill.tensors
+
+
+class _Fill:
+    """The changed tensors of one edit while their new entries are filled."""
+
+    def __init__(self, resized: Resized, state: Mapping[str, Tensor], seed: int) -> None:
+        self.resized, self.state, self.seed = resized, state, seed
+        self.axis = resized.analysis.axes[resized.axis]
+        self.tensors, self.origins = resized_state(state, resized)
+
+    def _write(self, at: ParameterDim, units: np.ndarray, values: Tensor) -> None:
+        """Write the entries `(units, entries)` of some units of one parameter dim."""
+        tensor = self.tensors[at.path]
+        places = torch.from_numpy(self.resized.at(at.path, at.dim)[units].reshape(-1))
+        moved = tensor.movedim(at.dim, 0)
+        shape = (len(places), *moved.shape[1:])
+        moved[places.to(tensor.device)] = values.to(tensor).reshape(shape)
+
+    def _read(self, at: ParameterDim, units: np.ndarray) -> Tensor:
+        """Return the entries of some units of one parameter dim, `(units, entries)`."""
+        found = self.resized.slices(self.tensors[at.path], at.path, at.dim)
+        return found[torch.from_numpy(units).to(found.device)]
+
+    def _drawn(self, at: ParameterDim, like: Tensor) -> Tensor:
+        """Return standard normal numbers that depend on the seed and the parameter alone."""
+        seed = zlib.crc32(f"{at.path}:{at.dim}:{self.seed}".encode())
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randn(like.shape, generator=generator, dtype=torch.double)
+
+    def _draw(self, at: ParameterDim) -> None:
+        old, new = self._read(at, self.resized.old), self._read(at, self.resized.new)
+        size = float(old.double().square().mean().sqrt()) if old.numel() else 0.0
+        self._write(at, self.resized.new, self._drawn(at, new) * (size or new.shape[1] ** -0.5))
+
+    def producers(self) -> None:
+        """Draw incoming weights of the size of the old ones."""
+        for at in self.axis.producers:
+            self._draw(at)
+
+    def consumers(self) -> None:
+        """Draw outgoing weights of the size of the old ones."""
+        for at in self.axis.consumers:
+            self._draw(at)
+
+    def producers_zero(self) -> None:
+        """Make all incoming weights zero."""
+        for at in self.axis.producers:
+            new = self._read(at, self.resized.new)
+            self._write(at, self.resized.new, torch.zeros_like(new))
+
+    def consumers_zero(self) -> None:
+        """Make all outgoing weights zero."""
+        for at in self.axis.consumers:
+            new = self._read(at, self.resized.new)
+            self._write(at, self.resized.new, torch.zeros_like(new))
+
+    def carriers(self) -> None:
+        """Give per-unit tensors the old units' mean, and their spread where a unit has several."""
+        for at in self.axis.carriers:
+            old, new = self._read(at, self.resized.old), self._read(at, self.resized.new)
+            if not old.is_floating_point():
+                self._write(at, self.resized.new, old[:1].expand_as(new))
+                continue
+            mean = old.double().mean(0, keepdim=True)
+            values = mean.expand_as(new)
+            if new.shape[1] > 1 and len(old) > 1:
+                values = values + old.double().std(0, keepdim=True) * self._drawn(at, new)
+            self._write(at, self.resized.new, values)
+
+    def twins(self, first: np.ndarray, second: np.ndarray) -> None:
+        """Make the second units equal to the first, their outgoing weights the negatives."""
+        for at in self.axis.producers + self.axis.carriers:
+            self._write(at, second, self._read(at, first))
+        for at in self.axis.consumers:
+            self._write(at, second, -self._read(at, first))
+
+    def copies(self, sources: np.ndarray) -> None:
+        """Copy old units into the new ones and split their outgoing weights."""
+        old, new = self.resized.old, self.resized.new
+        for at in self.axis.consumers:
+            for k, source in enumerate(sources):
+                whole = self._read(at, old[source : source + 1])
+                seed = ParameterDim(f"{at.path}#{k}", at.dim)
+                share = self._drawn(seed, whole).abs().clamp(max=2) * 0.2 + 0.5
+                kept = (whole.double() * share).to(whole)
+                self._write(at, old[source : source + 1], kept)
+                self._write(at, new[k : k + 1], whole - kept)
+        for at in self.axis.producers + self.axis.carriers:
+            self._write(at, new, self._read(at, old[sources]))
+
+    def given(self, entries: Mapping[str, Any], dims: tuple[ParameterDim, ...]) -> None:
+        """Write entries by parameter path."""
+        known = {at.path: at for at in dims}
+        for path, values in entries.items():
+            if path not in known:
+                raise NotApplicable(
+                    f"cannot widen axis '{self.axis.name}' with weights for '{path}': "
+                    f"it is none of {sorted(known)}"
+                )
+            new = self._read(known[path], self.resized.new)
+            found = torch.tensor(values, dtype=torch.double)
+            if found.shape != new.shape:
+                raise NotApplicable(
+                    f"cannot widen axis '{self.axis.name}' with weights of shape "
+                    f"{tuple(found.shape)} for '{path}': it takes {tuple(new.shape)}"
+                )
+            self._write(known[path], self.resized.new, found)
+
+    def constants(self, value: float) -> None:
+        """Let new units with zero incoming weights hold `value` where their activations begin.
+
+        Layers write it through their bias, and a batch norm through its own, which takes what
+        arrives for the running mean so that both modes agree.
+        """
+        norms = self._parts({Kind.NORM})
+        for at in self._biases({Kind.CONTRACT}):
+            new = self._read(at, self.resized.new)
+            self._write(at, self.resized.new, torch.full_like(new, 0.0 if norms else value))
+        for at in self._biases({Kind.NORM}):
+            new = self._read(at, self.resized.new)
+            self._write(at, self.resized.new, torch.full_like(new, value))
+        for _ in norms:
+            self._center_norms()
+
+    def _parts(self, kinds: set[Kind]) -> list[tuple[Any, list[ParameterDim | None]]]:
+        """Return the steps of some kinds on this axis with the parameter of each tensor argument."""
+        analysis, found = self.resized.analysis, []
+        for step in analysis.steps:
+            if step.row.kind not in kinds:
+                continue
+            parts: list[ParameterDim | None] = []
+            for arg in step.args:
+                source = analysis.sources.get(step.inputs[arg.number]) if isinstance(arg, Slot) else None
+                dims = self.resized.dims(source.path) if source is not None else []
+                parts.append(ParameterDim(source.path, dims[0]) if source and dims else None)
+            if any(parts):
+                found.append((step, parts))
+        return found
+
+    def _biases(self, kinds: set[Kind]) -> set[ParameterDim]:
+        found = set()
+        for step, parts in self._parts(kinds):
+            at = 2 if step.row.kind is Kind.NORM else _bias_position(step)
+            if at is not None and at < len(parts) and parts[at] is not None:
+                found.add(parts[at])
+        return found
+
+    def _center_norms(self) -> None:
+        state = {**self.state, **self.tensors}
+        follower = Follower(self.resized, state).run()
+        for step, parts in self._parts({Kind.NORM}):
+            mean = parts[3] if len(parts) > 3 else None
+            if mean is not None:
+                arriving = follower.content(step.inputs[0])
+                held = np.where(arriving.constant(), arriving.scale, 0.0)
+                self._write(mean, self.resized.new, torch.from_numpy(held)[:, None])
+
+
+def _bias_position(step: Any) -> int | None:
+    return next(
+        (i for i, a in enumerate(step.args) if isinstance(a, Slot) and a.number == step.bias), None
+    )

@@ -1,0 +1,137 @@
+"""Widening: new units in an axis, with weights that keep the function."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from graphgrow.errors import NotApplicable
+from graphgrow.ir.analyse import Axis
+from graphgrow.ir.graph import Graph
+from graphgrow.passes.follow import Follower
+from graphgrow.passes.prove import Proof, Verdict, judge
+from graphgrow.passes.resize import resize
+from graphgrow.passes.rewrite import Edit, TensorOrigin
+from graphgrow.passes.units import Resized, gather, inserted, is_new
+from graphgrow.passes.weights import Copy, Pairs, Scheme, ZeroIncoming, ZeroOutgoing
+
+
+@dataclass(frozen=True)
+class Widen:
+    """Insert `units` new units into an axis, before unit `at` (at the end if left out).
+
+    `axis` is the axis' name, or the path of any module that produces it. `weights` says how the new
+    entries are filled; left out, the first scheme is taken that is exact on this axis and leaves
+    units that can learn: zero outgoing, zero incoming, pairs, copies.
+    """
+
+    axis: str
+    units: int
+    at: int | None = None
+    weights: Scheme | None = None
+
+    @staticmethod
+    def places(graph: Graph) -> list[str]:
+        """Return the axes that have no obstacle of their own."""
+        return [axis.name for axis in graph.axes.values() if axis.obstacle is None]
+
+    def obstacle(self, graph: Graph) -> str | None:
+        """Return the sentence that says why the axis cannot be widened so, None where it can."""
+        try:
+            self.edit(graph)
+        except NotApplicable as error:
+            return str(error)
+        return None
+
+    def edit(self, graph: Graph) -> Edit:
+        """Return the edit of `graph`. Raises NotApplicable with the obstacle's sentence."""
+        axis = self._checked(graph)
+        change = Resized(graph.analysis, axis.name, inserted(axis.width, self.units, self.at))
+        refusals: list[str] = []
+        for scheme in self._schemes():
+            try:
+                tensors, verdict = _filled(scheme, change, graph.state)
+                if verdict.reason is None and not verdict.dead:
+                    return self._edit(graph, change, tensors, verdict, scheme)
+            except NotApplicable as error:
+                refusals.append(str(error))
+                continue
+            refusals.append(_refusal(axis, self.units, verdict, scheme))
+        raise NotApplicable(refusals[0])
+
+    def _schemes(self) -> tuple[Scheme, ...]:
+        if self.weights is not None:
+            return (self.weights,)
+        even = (Pairs(),) if self.units % 2 == 0 else ()
+        return (ZeroOutgoing(), ZeroIncoming(), *even, Copy())
+
+    def _checked(self, graph: Graph) -> Axis:
+        axis = graph.axis(self.axis)
+        if axis.obstacle is not None:
+            raise NotApplicable(axis.obstacle)
+        place = axis.width if self.at is None else self.at
+        if self.units < 1 or not 0 <= place <= axis.width:
+            raise NotApplicable(
+                f"cannot widen axis '{axis.name}' ({axis.width} units) by {self.units} at "
+                f"{place}: units must be at least 1 and the place from 0 to {axis.width}"
+            )
+        return axis
+
+    def _edit(
+        self,
+        graph: Graph,
+        change: Resized,
+        tensors: Mapping[str, Tensor],
+        verdict: Verdict,
+        scheme: Scheme,
+    ) -> Edit:
+        folded = {path: _minus(tensors.get(path, graph.state[path]), c)
+                  for path, c in verdict.folds.items()}
+        origin = {
+            path: _with_scale(change.origin(path), graph.state[path], tensors[path])
+            for path in tensors
+        }
+        grown = resize(graph, change, {**tensors, **folded})
+        chosen = replace(self, weights=scheme)
+        proof = Proof(str(chosen), lines=verdict.lines)
+        return Edit(replace(grown, journal=(*graph.journal, chosen)), proof, origin)
+
+
+def _filled(
+    scheme: Scheme, change: Resized, state: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], Verdict]:
+    """Return the tensors that a scheme fills and what following them shows.
+
+    `ZeroIncoming` without a constant of its own is tried with none and, if its units could not
+    learn, or their constant is not kept, with one.
+    """
+    tensors = scheme.fill(change, state)
+    verdict = judge(Follower(change, {**state, **tensors}).run(), state)
+    unfit = verdict.reason is not None or verdict.dead
+    if unfit and isinstance(scheme, ZeroIncoming) and scheme.constant is None:
+        return _filled(replace(scheme, constant=1.0), change, state)
+    return tensors, verdict
+
+
+def _refusal(axis: Axis, units: int, verdict: Verdict, scheme: Scheme) -> str:
+    head = f"cannot widen axis '{axis.name}' ({axis.width} units) by {units} with {scheme}"
+    if verdict.reason is not None:
+        return f"{head}: {verdict.reason}"
+    return f"{head}: {len(verdict.dead)} of the new units would get no gradient for ever"
+
+
+def _minus(bias: Tensor, constant: Tensor) -> Tensor:
+    return (bias.detach().double() - constant.to(bias.device)).to(bias.dtype)
+
+
+def _with_scale(origin: TensorOrigin, old: Tensor, new: Tensor) -> TensorOrigin:
+    """Return an origin with new over old value for every old entry, where any was changed."""
+    moved = gather(old, origin)
+    kept = ~is_new(origin, new.shape).to(new.device)
+    if torch.equal(new[kept], moved[kept]):
+        return origin
+    ratio = torch.where(kept & (moved != 0), new.double() / moved.double(), 1.0)
+    return replace(origin, scale=ratio)
