@@ -15,10 +15,9 @@ def assemble(
 ) -> nn.Module:
     """Return a module tree with the paths of `modules` whose parameters and buffers are `state`.
 
-    A path in `leaves`, what lies below one and torch's own layers become shallow copies of their
-    templates: class, attributes and hooks stay. Every other path becomes a plain container. A
-    template that occurs at several paths becomes one module at all of them, and a tensor that
-    occurs at several paths stays tied.
+    A path in `leaves` or below one becomes a shallow copy of its template: class, attributes and
+    hooks stay. Every other path becomes a plain container. A template that occurs at several paths
+    becomes one module at all of them, and a tensor that occurs at several paths stays tied.
     """
     kept = _kept(modules, leaves)
     built: dict[int, nn.Module] = {}
@@ -47,8 +46,7 @@ def assemble(
 
 def _kept(modules: Mapping[str, nn.Module], leaves: frozenset[str]) -> set[int]:
     """Return the templates, by id, that keep their class: at one of their paths suffices."""
-    tops = {p for p, m in modules.items() if p in leaves or (p and is_torch_leaf(m))}
-    return {id(module) for path, module in modules.items() if not tops.isdisjoint(_above(path))}
+    return {id(module) for path, module in modules.items() if not leaves.isdisjoint(_above(path))}
 
 
 def _above(path: str) -> Iterator[str]:

@@ -43,31 +43,11 @@ def lower(graph: Graph, *, into: nn.Module | None = None) -> nn.Module:
     root = assemble(graph.modules, graph.leaves, graph.state)
     if "" in graph.leaves:
         return root
-    _lend_attributes(graph, root)
     forward = _forward(graph)
     root.__class__ = forward.kind
     if not hasattr(root, "code"):  # the user's own layer of that name comes first
         vars(root)["code"] = forward.text
     return root
-
-
-def _lend_attributes(graph: Graph, root: nn.Module) -> None:
-    """Give containers the plain attributes (`num_heads`, a config) that the graph reads."""
-    for structure in (graph.train, graph.eval):
-        for node in structure.nodes:
-            if node.op == "get_attr":
-                owner, name = _owner(graph.modules, node.target)
-                module = root.get_submodule(owner)
-                if not hasattr(module, name):
-                    object.__setattr__(module, name, getattr(graph.modules[owner], name))
-
-
-def _owner(modules: Mapping[str, nn.Module], target: str) -> tuple[str, str]:
-    """Return the deepest module on the way to `target` and the name that is read from it."""
-    owner, parts = "", target.split(".")
-    while len(parts) > 1 and ".".join([*filter(None, [owner]), parts[0]]) in modules:
-        owner = ".".join([*filter(None, [owner]), parts.pop(0)])
-    return owner, parts[0]
 
 
 # --------------------------------------------------------------------------- the text of a forward
@@ -189,7 +169,7 @@ def _write_back(graph: Graph, model: nn.Module) -> nn.Module:
         owner, _, name = path.rpartition(".")
         place(own[owner], name, graph.state[path])
     for path, module in own.items():
-        vars(module).update(_plain(graph.modules[path]))
+        vars(module).update(_changed(module, graph.modules[path]))
         if fresh:
             redirect(module, fresh)
     return model
@@ -234,9 +214,17 @@ def _differences(kind: str, ours: Mapping[str, Any], theirs: Mapping[str, Any]) 
     yield from (f"the graph has no {kind} '{path}'" for path in theirs if path not in ours)
 
 
-def _plain(template: nn.Module) -> dict[str, Any]:
-    """Return the attributes that say what a layer is: numbers, names and tuples of them."""
-    return {name: v for name, v in vars(template).items() if name != "training" and _is_plain(v)}
+def _changed(module: nn.Module, template: nn.Module) -> dict[str, Any]:
+    """Return what says that `template` is another layer than `module`: numbers, names, tuples."""
+    own, missing = vars(module), object()
+    return {
+        name: value
+        for name, value in vars(template).items()
+        if name != "training"
+        and _is_plain(value)
+        and (name not in own or _is_plain(own[name]))
+        and own.get(name, missing) != value
+    }
 
 
 def _is_plain(value: Any) -> bool:
