@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from graphgrow.version import VERSION
+from graphgrow.version import __version__
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -15,7 +15,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="A graph-rewriting compiler for growing neural networks.",
         epilog="There are no commands yet: import graphgrow from Python, as README.md shows.",
     )
-    parser.add_argument("--version", action="version", version=f"graphgrow {VERSION}")
+    parser.add_argument("--version", action="version", version=f"graphgrow {__version__}")
     parser.parse_args(arguments)
     parser.print_help()
     return 0

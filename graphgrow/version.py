@@ -1,3 +1,3 @@
 """The version, stated once: packaging, `graphgrow --version` and saved files read it here."""
 
-VERSION = "0.1.0"
+__version__ = "0.1.0"
