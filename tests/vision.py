@@ -49,7 +49,7 @@ def build(name: str) -> nn.Module:
 def image_size(name: str) -> int:
     """Return an image size that `name` accepts, as small as its strides allow."""
     family = name.split("_")[0]
-    sizes = {"alexnet": 64, "inception": 80, "maxvit": 224, "vit": 64, "googlenet": 64}
+    sizes = {"alexnet": 64, "inception": 299, "maxvit": 224, "vit": 64, "googlenet": 64}
     return 56 if name == "vit_h_14" else sizes.get(family, 64)
 
 

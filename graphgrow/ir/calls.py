@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,6 +31,21 @@ _SIZED_BY_FIRST = frozenset(
     "index_add index_put index_copy index_fill scatter scatter_add scatter_reduce "
     "masked_scatter reshape_as view_as expand_as".split()
 )
+
+
+@dataclass(frozen=True)
+class Apply:
+    """Applies an autograd function, and has the name that code written from a graph needs."""
+
+    function: type[torch.autograd.Function]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the autograd function gives."""
+        return self.function.apply(*args, **kwargs)
+
+    @property
+    def __name__(self) -> str:
+        return f"apply_{self.function.__name__}"
 
 
 def spell(function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[str, Any, tuple[Any, ...]]:
@@ -78,12 +94,12 @@ def _repeats_by_number(name: str, args: tuple[Any, ...], kwargs: Mapping[str, An
 
 def sized_by_first(name: str) -> bool:
     """Return whether the result of `name` has the size of its first argument alone."""
-    return name in _SIZED_BY_FIRST
+    return name.rstrip("_") in _SIZED_BY_FIRST
 
 
 def is_random(node: fx.Node) -> bool:
     """Return whether `node` draws random numbers."""
-    return any(word in _name(node) for word in _RANDOM)
+    return any(word in name_of(node) for word in _RANDOM)
 
 
 def is_needed(node: fx.Node) -> bool:
@@ -92,8 +108,9 @@ def is_needed(node: fx.Node) -> bool:
         return True
     if node.op == "get_attr":
         return False
-    return writes(_name(node), node.kwargs) or _name(node).endswith(_UPDATES) or is_random(node)
+    return writes(name_of(node), node.kwargs) or name_of(node).endswith(_UPDATES) or is_random(node)
 
 
-def _name(node: fx.Node) -> str:
+def name_of(node: fx.Node) -> str:
+    """Return the bare name of what `node` calls: `add_` for `Tensor.add_`."""
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")

@@ -10,8 +10,8 @@ from typing import Any, Protocol
 from torch import fx
 
 
-class Tape(Protocol):
-    """What a number needs of its recorder."""
+class Recording(Protocol):
+    """What a number needs of whoever records."""
 
     def number(self, value: Any, op: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         """Return `value`, carrying a node that computes it as `op(*args)` while recording."""
@@ -23,9 +23,9 @@ class Tape(Protocol):
 
 
 class SizeNumber:
-    """What numbers with a node share: the tape, and the node, made when it is first asked for."""
+    """What numbers with a node share: their recording, and the node, made when first asked for."""
 
-    tape: Tape
+    recording: Recording
     make: Callable[[], fx.Node]
 
     def node(self) -> fx.Node:
@@ -55,12 +55,12 @@ class DataSize(SizeInt):
 
 
 def sized(
-    value: int | float, tape: Tape, make: Callable[[], fx.Node], *, of_data: bool = False
+    value: int | float, recording: Recording, make: Callable[[], fx.Node], *, of_data: bool = False
 ) -> SizeInt | SizeFloat:
     """Return `value` as a number whose node is `make()`; `of_data` if tensor values decide it."""
     kind = SizeFloat if isinstance(value, float) else DataSize if of_data else SizeInt
     number = kind(value)
-    number.tape, number.make = tape, make
+    number.recording, number.make = recording, make
     return number
 
 
@@ -76,7 +76,7 @@ def _recorded(op: Callable[..., Any], *, reflected: bool = False) -> Callable[..
         if not all(isinstance(other, int | float) for other in others):
             return NotImplemented
         args = (*others, self) if reflected else (self, *others)
-        return self.tape.number(op(*map(plain, args)), op, args)
+        return self.recording.number(op(*map(plain, args)), op, args)
 
     return method
 
@@ -93,7 +93,7 @@ def _refused(name: str) -> Callable[..., Any]:
     compare = getattr(int, name)
 
     def method(self: DataSize, *others: Any) -> Any:
-        self.tape.refuse_branch()
+        self.recording.refuse_branch()
         return compare(self, *others)
 
     return method

@@ -20,7 +20,8 @@ from graphgrow.ir.graph import Graph
 from graphgrow.ir.intercept import HiddenCalls, place_of, user_frame
 from graphgrow.ir.modes import join
 from graphgrow.ir.names import Names
-from graphgrow.ir.record import Recorder, has_tensors
+from graphgrow.ir.record import Recorder
+from graphgrow.ir.tape import Tape, has_tensors
 
 
 def trace(
@@ -171,7 +172,7 @@ def _run(
 
     def name_of(tensor: Tensor) -> str:
         if id(tensor) in owners:
-            recorder.refuse(
+            tape.refuse(
                 f"argument {owners[id(tensor)]!r} hides tensors in an object; "
                 "pass tensors, lists, tuples, dicts or dataclasses"
             )
@@ -181,30 +182,35 @@ def _run(
         return names.of(originals[id(tensor)])
 
     paths = {id(module): path for path, module in copied.named_modules()}
-    recorder = Recorder(title, paths, leaves, name_of)
+    tape = Tape(title, name_of)
+    recorder = Recorder(tape, paths, leaves)
     named = _arguments(values)
     for (name, value), default in zip(named, _defaults(named), strict=True):
-        recorder.placeholder(name, value, default)
+        tape.placeholder(name, value, default)
     buffers = dict(copied.named_buffers())
     hidden = (
-        HiddenCalls(lambda *call: _refuse_hidden(recorder, *call)) if watched else nullcontext()
+        HiddenCalls(lambda *call: _refuse_hidden(recorder, tape, *call))
+        if watched
+        else nullcontext()
     )
     try:
         with recorder.recording(), hidden:
             out = copied(*values.args, **values.kwargs)
     except Exception as error:
-        raise _explained(error, recorder, title, training) from error
-    if recorder.refusal is not None:
-        raise recorder.refusal
-    _record_updates(recorder, buffers, dict(copied.named_buffers()))
-    recorder.output(out)
-    return recorder.graph, bool(strangers)
+        raise _explained(error, recorder, tape, title, training) from error
+    if tape.refusal is not None:
+        raise tape.refusal
+    _record_updates(tape, buffers, dict(copied.named_buffers()))
+    tape.output(out)
+    return tape.graph, bool(strangers)
 
 
-def _explained(error: Exception, recorder: Recorder, title: str, training: bool) -> Exception:
+def _explained(
+    error: Exception, recorder: Recorder, tape: Tape, title: str, training: bool
+) -> Exception:
     """Return the refusal that made the model fail, or one that says where its own code did."""
-    if recorder.refusal is not None:
-        return recorder.refusal
+    if tape.refusal is not None:
+        return tape.refusal
     where = recorder.failed or title
     mode = "train" if training else "eval"
     fact = str(error).strip().partition("\n")[0]
@@ -214,26 +220,24 @@ def _explained(error: Exception, recorder: Recorder, title: str, training: bool)
     )
 
 
-def _refuse_hidden(recorder: Recorder, operator: str, used: list[Tensor]) -> None:
+def _refuse_hidden(recorder: Recorder, tape: Tape, operator: str, used: list[Tensor]) -> None:
     """Refuse an operator on computed tensors that runs although no recorded call runs it."""
-    if recorder.listens() and any(map(recorder.computed, used)):
-        recorder.refuse(
+    if recorder.listens() and any(map(tape.knows, used)):
+        tape.refuse(
             f"{place_of(user_frame())} runs {operator} out of Python's sight (scripted code, an "
             "extension); mark the module a leaf with trace(model, ..., leaves=[...])"
         )
 
 
-def _record_updates(
-    recorder: Recorder, before: Mapping[str, Tensor], after: Mapping[str, Tensor]
-) -> None:
+def _record_updates(tape: Tape, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> None:
     """Record that the run put other tensors in the place of buffers."""
     for path, old in before.items():
         new = after.get(path, old)
-        if new is old or not recorder.computed(new):
+        if new is old or not tape.knows(new):
             continue
         if (new.shape, new.dtype) != (old.shape, old.dtype):
-            recorder.refuse(f"its run replaces buffer {path!r} by one of another size or dtype")
-        recorder.update(old, new)
+            tape.refuse(f"its run replaces buffer {path!r} by one of another size or dtype")
+        tape.update(old, new)
 
 
 @contextmanager
