@@ -87,13 +87,15 @@ class Row:
     """All that is known of one operator.
 
     `keeps` says which constant content of a unit survives: "any" constant stays as it is, "zero"
-    alone stays, "none". `homogeneous`: a unit times a positive number gives the output times it.
+    alone stays, "none". `homogeneous`: a unit times a positive number gives the output times it;
+    `odd`: a unit times −1 gives the output times −1.
     """
 
     relate: Callable[[Call], Outcome]
     kind: Kind
     keeps: str = "none"
     homogeneous: bool = False
+    odd: bool = False
 
 
 def row_of(func: torch._ops.OpOverload) -> Row | None:
@@ -665,6 +667,7 @@ ROWS: dict[Any, Row] = _table(
     (Row(im2col, Kind.MOVE, "zero", True), "im2col"),
     # each entry from the entries at its place
     (HOMOGENEOUS, "relu relu_ leaky_relu leaky_relu_ neg abs add add_ sub sub_ copy_"),
+    (Row(broadcast, Kind.POINTWISE, odd=True), "tanh tanh_ sin erf atan asinh sinh tan softshrink"),
     (POINTWISE, "fill_ masked_fill masked_fill_ zero_ _prelu_kernel where"),
     # each unit from the same unit
     (POOL, "_adaptive_avg_pool1d _adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_avg_pool1d"),

@@ -22,7 +22,8 @@ def apply(graph: Graph, *rewrites: Rewrite, verify: bool = True) -> Grown:
     """Return the graph with all rewrites applied in turn, with origin and proof.
 
     With `verify`, both graphs are run on the example inputs in float64 and in both modes, and an
-    exact rewrite must agree to 1e-10 of the output. On any failure nothing has changed.
+    exact rewrite must agree to 1e-10 of the output, or to what rounding its new numbers to the
+    model's own precision may cost. On any failure nothing has changed.
 
     Raises:
         NotApplicable: with the sentence that the rewrite's `obstacle` returns.
@@ -72,15 +73,16 @@ def _joined(proofs: list[Proof]) -> Proof:
     modes = tuple(m for m in ("train", "eval") if all(m in proof.modes for proof in proofs))
     exact = all(proof.exact for proof in proofs)
     domain = "; ".join(dict.fromkeys(proof.domain for proof in proofs)) or "all inputs"
-    return Proof(f"{len(proofs)} rewrites", exact, modes, domain, lines)
+    rounding = sum(proof.rounding for proof in proofs)
+    return Proof(f"{len(proofs)} rewrites", exact, modes, domain, lines, rounding)
 
 
 def _verified(proof: Proof, found: Difference) -> Proof:
     """Return the proof with what was measured, if that is what it promises."""
-    worst = max((getattr(found, mode) for mode in proof.modes), default=0.0)
-    if proof.exact and not worst <= TOLERANCE:
+    promised = [getattr(found, mode).relative for mode in proof.modes]
+    if not all(worst <= max(TOLERANCE, proof.rounding) for worst in promised):
         raise NotEquivalent(
-            f"not equivalent after {proof.rewrite}: relative difference {worst:.1e} "
-            "of the outputs on the example inputs"
+            f"not equivalent after {proof.rewrite}: relative difference {max(promised):.1e} "
+            f"of the outputs on the example inputs"
         )
     return proof if proof.exact else replace(proof, error=found.relative)

@@ -553,7 +553,8 @@ def _scales(step: Step, carried: int, scale: float) -> bool:
     """Return whether an operator multiplies its output by what multiplies all its inputs."""
     linear = step.func.overloadpacket in _LINEAR
     whole = carried == len(step.inputs) and (not linear or len(step.args) == carried)
-    return whole and (linear or (step.row.homogeneous and scale > 0))
+    kept = step.row.odd and scale == -1 or step.row.homogeneous and scale > 0
+    return whole and (linear or kept)
 
 
 def _close(a: Tensor, b: Tensor, eps: float) -> bool:

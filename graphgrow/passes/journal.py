@@ -6,12 +6,13 @@ from collections.abc import Iterable
 from dataclasses import fields, is_dataclass
 from typing import Any
 
+from graphgrow.passes.remove import Absorb, Remove
 from graphgrow.passes.rewrite import Rewrite
 from graphgrow.passes.weights import Copy, Given, Pairs, ZeroIncoming, ZeroOutgoing
 from graphgrow.passes.widen import Widen
 
 _KINDS: dict[str, Any] = {
-    kind.__name__: kind for kind in (Widen, ZeroOutgoing, ZeroIncoming, Pairs, Copy, Given)
+    kind.__name__: kind for kind in (Widen, Remove, Absorb, ZeroOutgoing, ZeroIncoming, Pairs, Copy, Given)
 }
 
 

@@ -18,8 +18,9 @@ from graphgrow.passes.units import Resized
 class Proof:
     """Why a rewrite keeps the function: the rewrite, its modes and domain, and the steps.
 
-    `error` is the largest change measured relative to the output, where the rewrite is not exact,
-    or the bound on rounding that a factorisation brings; None where neither says anything.
+    `modes` are those in which it is exact. `rounding` bounds what rounding the new numbers to the
+    model's precision may change, relative to the output: zero where entries only move. `error` is
+    the largest relative change measured where the rewrite is not exact.
     """
 
     rewrite: str
@@ -27,13 +28,16 @@ class Proof:
     modes: tuple[str, ...] = ("train", "eval")
     domain: str = "all inputs"
     lines: tuple[str, ...] = ()
+    rounding: float = 0.0
     error: float | None = None
 
     def __str__(self) -> str:
-        said = "exact" if self.exact else "not exact"
-        head = f"{self.rewrite}: {said} in {' and '.join(self.modes) or 'no mode'}, {self.domain}"
+        exact = f"exact in {' and '.join(self.modes)}" if self.modes else "not exact"
+        head = f"{self.rewrite}: {exact}, {self.domain}"
+        if self.rounding:
+            head += f", rounding at most {self.rounding:.1e}"
         if self.error is not None:
-            head += f", error {self.error:.1e}"
+            head += f", measured change {self.error:.1e}"
         return "\n".join([head, *(f"  {line}" for line in self.lines)])
 
 
@@ -147,14 +151,14 @@ def _folded(
         return Verdict(f"{step.where} pads with zeros, so a constant unit is none at the border")
     if source is None:
         return Verdict(f"{step.where} has no bias to fold the constant of new units into")
-    constant = _per_output(follower.resized, at, source.path, reduction.constant)
+    constant = per_output(follower.resized, at, source.path, reduction.constant)
     return Verdict(
         folds={source.path: constant},
         lines=(*lines, f"their constant is folded out of '{source.path}'"),
     )
 
 
-def _per_output(resized: Resized, at: ParameterDim, bias: str, entries: Tensor) -> Tensor:
+def per_output(resized: Resized, at: ParameterDim, bias: str, entries: Tensor) -> Tensor:
     """Return a constant by entry of a bias: entries of a weight summed over all dims but that one."""
     analysis = resized.analysis
     widths = resized.widths()
@@ -164,6 +168,11 @@ def _per_output(resized: Resized, at: ParameterDim, bias: str, entries: Tensor) 
     out = next(k for k, d in enumerate(others) if layouts[d] == analysis.state[bias][0])
     summed = entries.reshape(shape)
     return summed.sum([d for d in range(summed.dim()) if d != out + 1])
+
+
+def rounding(folds: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> float:
+    """Return the bound that folding constants into biases brings: a hundred units of rounding."""
+    return max((100 * torch.finfo(state[path].dtype).eps for path in folds), default=0.0)
 
 
 def old_entries(resized: Resized, at: ParameterDim) -> Tensor:

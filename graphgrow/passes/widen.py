@@ -12,7 +12,7 @@ from graphgrow.errors import NotApplicable
 from graphgrow.ir.analyse import Axis
 from graphgrow.ir.graph import Graph
 from graphgrow.passes.follow import Follower
-from graphgrow.passes.prove import Proof, Verdict, judge
+from graphgrow.passes.prove import Proof, Verdict, judge, rounding
 from graphgrow.passes.resize import resize
 from graphgrow.passes.rewrite import Edit, TensorOrigin
 from graphgrow.passes.units import Resized, gather, inserted, is_new
@@ -96,7 +96,8 @@ class Widen:
         }
         grown = resize(graph, change, {**tensors, **folded})
         chosen = replace(self, weights=scheme)
-        proof = Proof(str(chosen), lines=verdict.lines)
+        lost = rounding(verdict.folds, graph.state)
+        proof = Proof(str(chosen), lines=verdict.lines, rounding=lost)
         return Edit(replace(grown, journal=(*graph.journal, chosen)), proof, origin)
 
 

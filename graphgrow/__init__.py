@@ -1,0 +1,40 @@
+"""graphgrow: grow a PyTorch model in the middle of training, with the same outputs."""
+
+from graphgrow.errors import NotApplicable, NotEquivalent, UnsupportedOp
+from graphgrow.ir.analyse import Axis
+from graphgrow.ir.graph import Graph
+from graphgrow.ir.lower import lower
+from graphgrow.ir.trace import trace
+from graphgrow.optim.migrate import migrate
+from graphgrow.passes.apply import apply
+from graphgrow.passes.candidates import candidates
+from graphgrow.passes.remove import Absorb, Remove
+from graphgrow.passes.rewrite import Grown
+from graphgrow.passes.weights import Copy, Given, Pairs, ZeroIncoming, ZeroOutgoing
+from graphgrow.passes.widen import Widen
+from graphgrow.verify import compare
+from graphgrow.version import __version__
+
+__all__ = [
+    "Absorb",
+    "Axis",
+    "Copy",
+    "Given",
+    "Graph",
+    "Grown",
+    "NotApplicable",
+    "NotEquivalent",
+    "Pairs",
+    "Remove",
+    "UnsupportedOp",
+    "Widen",
+    "ZeroIncoming",
+    "ZeroOutgoing",
+    "__version__",
+    "apply",
+    "candidates",
+    "compare",
+    "lower",
+    "migrate",
+    "trace",
+]
