@@ -646,6 +646,11 @@ def test_models_of_torchvision_run_again_exactly(name):
     assert differences(model, graph, images(3, size)) == []
 
 
+def test_a_maxvit_runs_again_exactly():
+    model = vision.small_maxvit().double()
+    assert differences(model, trace(model, images(2, 32)), images(3, 32)) == []
+
+
 def test_masks_written_by_slices_follow_the_batch():
     with vision.silenced():
         model = vision.build("swin_t").double()

@@ -10,11 +10,13 @@ from types import ModuleType
 import torch
 from torch import nn
 
-# One model of every family whose code takes a path of its own; the others repeat these.
+# One model of every family whose code takes a path of its own; the others repeat these. MaxViT is
+# drawn small by `small_maxvit`, and Inception, for large images only, has auxiliary heads as
+# GoogLeNet has.
 SAMPLE = tuple(
-    "alexnet convnext_tiny densenet121 efficientnet_b0 efficientnet_v2_s googlenet inception_v3 "
-    "maxvit_t mnasnet0_5 mobilenet_v2 mobilenet_v3_small regnet_x_400mf regnet_y_400mf resnet18 "
-    "resnet50 resnext50_32x4d shufflenet_v2_x0_5 squeezenet1_0 swin_t swin_v2_t vgg11_bn vit_b_32 "
+    "alexnet convnext_tiny densenet121 efficientnet_b0 googlenet mnasnet0_5 mobilenet_v2 "
+    "mobilenet_v3_small regnet_x_400mf regnet_y_400mf resnet18 resnet50 resnext50_32x4d "
+    "shufflenet_v2_x0_5 squeezenet1_0 swin_t swin_v2_t vit_b_32 "
     "deeplabv3_mobilenet_v3_large fcn_resnet50 lraspp_mobilenet_v3_large".split()
 )
 
@@ -46,10 +48,24 @@ def build(name: str) -> nn.Module:
     return models.get_model(name, **arguments)
 
 
+def small_maxvit() -> nn.Module:
+    """Return a MaxViT for images of 32 by 32 pixels."""
+    return torchvision().models.MaxVit(
+        input_size=(32, 32),
+        stem_channels=8,
+        partition_size=4,
+        block_channels=[8, 16],
+        block_layers=[1, 2],
+        head_dim=4,
+        stochastic_depth_prob=0.2,
+        num_classes=10,
+    )
+
+
 def image_size(name: str) -> int:
     """Return an image size that `name` accepts, as small as its strides allow."""
     family = name.split("_")[0]
-    sizes = {"alexnet": 64, "inception": 299, "maxvit": 224, "vit": 64, "googlenet": 64}
+    sizes = {"inception": 299, "maxvit": 224, "fcn": 32, "deeplabv3": 32, "vit": 64}
     return 56 if name == "vit_h_14" else sizes.get(family, 64)
 
 

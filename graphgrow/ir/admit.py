@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
 from graphgrow.errors import UnsupportedOp
@@ -46,7 +46,7 @@ def _check_modules(model: nn.Module) -> None:
 def _check_tensors(model: nn.Module) -> None:
     devices: dict[torch.device, str] = {}
     for path, tensor in tensors(model):
-        if isinstance(tensor, UninitializedTensorMixin):
+        if is_lazy(tensor):
             raise UnsupportedOp(
                 f"cannot trace {path!r}: its sizes are not known yet; run the lazy module once"
             )

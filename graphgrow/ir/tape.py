@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, fx, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.fx.node import map_aggregate
 from torch.utils._pytree import tree_leaves
 
@@ -95,7 +96,7 @@ class Tape:
     def node_of(self, tensor: Tensor) -> fx.Node:
         """Return the node that computes `tensor`, or the get_attr node of a stored tensor."""
         if not self.knows(tensor):
-            if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+            if is_functorch_wrapped_tensor(tensor):
                 self.refuse("its code runs under a transform of torch.func; make it a leaf")
             self._nodes[id(tensor)] = (tensor, self.add("get_attr", self._name_of(tensor)))
         return self._nodes[id(tensor)][1]
