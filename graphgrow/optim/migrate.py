@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from graphgrow.optim.clocks import Entrywise, gathered_up, resume, row_of, spread
-from graphgrow.passes.rewrite import Grown
+from graphgrow.passes.rewrite import Grown, TensorOrigin
+from graphgrow.passes.units import gather, is_new
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,7 +120,7 @@ def _state(
     if old not in optimizer.state or new is old:
         return optimizer.state.get(old)
     row = row_of(optimizer)
-    dims = _dims(grown, path, old, new)
+    origin = _origin(grown, path, old, new)
     carried, clocks = {}, {}
     for name, value in optimizer.state[old].items():
         if not isinstance(value, Tensor) or (value.dim() == 0 and old.dim() > 0):
@@ -136,9 +137,9 @@ def _state(
         elif row is not None and name in row.clocks:
             clocks[name] = value
         else:
-            carried[name] = _like(new, gather(value, dims, _fresh(row, name, group)))
+            carried[name] = _like(new, _gathered(value, origin, _fresh(row, name, group)))
     grown_clocks = {
-        name: gather(clock, dims, _fresh(row, name, group)) for name, clock in clocks.items()
+        name: _gathered(clock, origin, _fresh(row, name, group)) for name, clock in clocks.items()
     }
     return carried | (gathered_up(grown_clocks, group) if clocks else {})
 
@@ -160,31 +161,23 @@ def _fresh(row: Entrywise | None, name: str, group: Mapping[str, Any]) -> float:
     return row.fresh[name](group) if row is not None and name in row.fresh else 0.0
 
 
-def _dims(grown: Grown, path: str, old: Tensor, new: Tensor) -> Sequence[Tensor | None]:
-    """Return the index of each dim of `new` into `old`, checked to fit both."""
+def _origin(grown: Grown, path: str, old: Tensor, new: Tensor) -> TensorOrigin:
+    """Return where the entries of `new` are in `old`, checked to fit both."""
     tied = (origin for p, origin in grown.origin.items() if grown.graph.state.get(p) is new)
-    origin = grown.origin.get(path) or next(tied, None)
-    dims = (None,) * old.dim() if origin is None else origin.dims
-    sizes = [n if i is None else len(i) for n, i in zip(old.shape, dims, strict=False)]
-    if len(dims) != old.dim() or sizes != list(new.shape):
+    origin = grown.origin.get(path) or next(tied, TensorOrigin((None,) * old.dim()))
+    sizes = [n if i is None else len(i) for n, i in zip(old.shape, origin.dims, strict=False)]
+    if len(origin.dims) != old.dim() or sizes != list(new.shape):
         raise ValueError(
             f"cannot migrate '{path}' from shape {tuple(old.shape)} to {tuple(new.shape)}: the "
             "origin does not say where its entries come from"
         )
-    return dims
+    return origin
 
 
-def gather(old: Tensor, dims: Sequence[Tensor | None], fill: float) -> Tensor:
-    """Return `old` indexed by `dims` (see `TensorOrigin`), with `fill` where an index is −1."""
-    for dim, index in enumerate(dims):
-        if index is None:
-            continue
-        index = index.to(old.device)
-        sizes = [*old.shape[:dim], len(index), *old.shape[dim + 1 :]]
-        taken = old.new_full(sizes, fill)
-        kept = (index >= 0).nonzero().flatten()
-        old = taken.index_copy_(dim, kept, old.index_select(dim, index[kept]))
-    return old.clone() if all(index is None for index in dims) else old
+def _gathered(old: Tensor, origin: TensorOrigin, fill: float) -> Tensor:
+    """Return the entries of `old` at their new places, `fill` where they are new."""
+    moved = gather(old, origin)
+    return moved.masked_fill(is_new(origin, moved.shape).to(moved.device), fill) if fill else moved
 
 
 def _like(parameter: Tensor, values: Tensor) -> Tensor:
@@ -250,8 +243,8 @@ def _gradients(grown: Grown) -> Iterable[tuple[Tensor, Tensor]]:
         old = grown.before.state.get(path)
         if old is None or old is new or old.grad is None or not isinstance(new, nn.Parameter):
             continue
-        dims = _dims(grown, path, old, new)
-        yield new, _like(new, gather(old.grad, dims, 0.0))
+        origin = _origin(grown, path, old, new)
+        yield new, _like(new, gather(old.grad, origin))
 
 
 def _write(optimizer: Optimizer, groups: list[list[_Entry]]) -> None:
