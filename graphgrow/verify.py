@@ -22,34 +22,33 @@ from graphgrow.ir.lower import lower
 
 
 @dataclass(frozen=True)
-class Difference:
-    """How far the outputs of two models are apart, at most, over all outputs and both modes.
-
-    `relative` is measured against the largest entry of each output of the first model; `train` and
-    `eval` are the same for one mode. `output` is the path of the output where it is largest.
-    """
-
-    absolute: float
-    relative: float
-    train: float
-    eval: float
-    output: str
-
-    def __str__(self) -> str:
-        """Return the figures on one line."""
-        return (
-            f"largest difference {self.absolute:.1e} absolute, {self.relative:.1e} relative "
-            f"(train {self.train:.1e}, eval {self.eval:.1e}) at '{self.output}'"
-        )
-
-
-@dataclass(frozen=True)
-class _Largest:
+class ModeDifference:
     """The largest difference in one mode, and the output that has the largest relative one."""
 
     absolute: float
     relative: float
     output: str
+
+    def __str__(self) -> str:
+        """Return both figures and the place on one line."""
+        return f"{self.absolute:.1e} absolute, {self.relative:.1e} relative at '{self.output}'"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far the outputs of two models are apart, at most, over all outputs and both modes.
+
+    `relative` is measured against the largest entry of each output of the first model.
+    """
+
+    absolute: float
+    relative: float
+    train: ModeDifference
+    eval: ModeDifference
+
+    def __str__(self) -> str:
+        """Return the figures, one line for each mode."""
+        return f"train: {self.train}\neval:  {self.eval}"
 
 
 def compare(
@@ -69,16 +68,16 @@ def compare(
 
     Raises NotEquivalent where outputs differ in structure, shape, dtype or in what is no number.
     """
-    train, evaluation = (
-        _largest(
+    modes = {
+        training: _largest(
             _outputs(before, training, double, inputs, kwargs),
             _outputs(after, training, double, inputs, kwargs),
         )
         for training in (True, False)
-    )
-    worst = max(train, evaluation, key=lambda largest: largest.relative)
-    absolute = max(train.absolute, evaluation.absolute)
-    return Difference(absolute, worst.relative, train.relative, evaluation.relative, worst.output)
+    }
+    absolute = max(mode.absolute for mode in modes.values())
+    relative = max(mode.relative for mode in modes.values())
+    return Difference(absolute, relative, train=modes[True], eval=modes[False])
 
 
 # --------------------------------------------------------------------------- running a copy
@@ -148,7 +147,7 @@ def _same_random_numbers(module: nn.Module) -> Iterator[None]:
 # --------------------------------------------------------------------------- comparing outputs
 
 
-def _largest(before: Any, after: Any) -> _Largest:
+def _largest(before: Any, after: Any) -> ModeDifference:
     """Return the largest differences of two outputs, leaf by leaf."""
     first, second = dict(_leaves(before, "output")), dict(_leaves(after, "output"))
     for path in (*first, *second):
@@ -157,11 +156,11 @@ def _largest(before: Any, after: Any) -> _Largest:
             raise NotEquivalent(
                 f"not equivalent: '{path}' is only in the output of the model {side}"
             )
-    worst = _Largest(0.0, 0.0, next(iter(first), "output"))
+    worst = ModeDifference(0.0, 0.0, next(iter(first), "output"))
     for path, value in first.items():
         absolute, relative = _difference(value, second[path], path)
         place = path if relative > worst.relative else worst.output
-        worst = _Largest(max(absolute, worst.absolute), max(relative, worst.relative), place)
+        worst = ModeDifference(max(absolute, worst.absolute), max(relative, worst.relative), place)
     return worst
 
 

@@ -53,8 +53,8 @@ def test_a_difference_in_one_mode_is_found_and_named():
     after = network()
     after[1].running_mean += 1
     difference = compare(network(), after, X)
-    assert difference.train == 0.0
-    assert difference.eval == difference.relative > 0.1
+    assert difference.train.absolute == 0.0
+    assert difference.eval.absolute == difference.absolute > 0.1
 
 
 def test_differences_below_single_precision_are_seen():
@@ -189,7 +189,7 @@ def test_nested_outputs_are_compared_leaf_by_leaf():
     two = Gives(lambda x: Output(x, {"a": [x, Pair(x * 1.5, None)], "b": 3}))
     difference = compare(one, two, torch.ones(2))
     assert difference.relative == 0.5
-    assert difference.output == "output.rest['a'][1].mean"
+    assert difference.train.output == "output.rest['a'][1].mean"
 
 
 DIFFERENT = {
@@ -235,10 +235,10 @@ def test_an_error_says_in_which_mode_and_precision_it_came():
     assert "in train mode, in float64" in caught.value.__notes__[0]
 
 
-def test_a_difference_prints_on_one_line():
-    difference = compare(Gives(lambda x: x), Gives(lambda x: x * 2), 3 * torch.ones(2))
+def test_a_difference_prints_both_modes():
+    difference = compare(Gives(lambda x: x), Gives(lambda x: x * 2), torch.ones(2))
     assert isinstance(difference, Difference)
-    assert str(difference) == (
-        "largest difference 3.0e+00 absolute, 1.0e+00 relative "
-        "(train 1.0e+00, eval 1.0e+00) at 'output'"
-    )
+    assert str(difference).splitlines() == [
+        "train: 1.0e+00 absolute, 1.0e+00 relative at 'output'",
+        "eval:  1.0e+00 absolute, 1.0e+00 relative at 'output'",
+    ]
