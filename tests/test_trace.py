@@ -166,6 +166,9 @@ def fixed_reads(m, x):
     for rate in torch.linspace(0, 1, 3).tolist():
         x = x * rate + 1
     assert (x == x).all()
+    positions = torch.arange(x.size(1))
+    if (positions.diff() != 1).any():
+        return None
     return x if torch.rand([]) < 0.0 else x + torch.tensor(2).item()
 
 
@@ -203,6 +206,15 @@ def test_a_flag_that_follows_the_mode_becomes_a_node():
     graph = check(Module(lambda m, x: m.inner(x), inner=Module(dropped, a=nn.Linear(6, 6))))
     assert graph.train is graph.eval
     assert targets(graph.eval).count("inner.training") == 1
+
+
+def test_a_rate_that_a_mode_switches_off_becomes_a_product():
+    def forward(m, x):
+        rate = 0.5 if m.training else 0.0
+        return F.scaled_dot_product_attention(x, x, x, dropout_p=rate)
+
+    graph = check(Module(forward))
+    assert graph.train is graph.eval and "training" in targets(graph.eval)
 
 
 def test_nodes_know_the_module_whose_code_they_run():
@@ -507,6 +519,11 @@ def refusal(model: Any, *inputs: Any, **kwargs: Any) -> str:
     return str(caught.value)
 
 
+def filled(table, x):
+    table.T[0].copy_(x[0])
+    return table
+
+
 BRANCHES = {
     "bool": lambda m, x: x if x.sum() > 0 else -x,
     "item": lambda m, x: x * x.sum().item(),
@@ -521,6 +538,7 @@ BRANCHES = {
     "size": lambda m, x: x if (x > 0).nonzero().size(0) > 3 else -x,
     "emptiness": lambda m, x: x if x[x > 0].numel() else -x,
     "random": lambda m, x: x if torch.rand(()) < 0.5 else -x,
+    "written": lambda m, x: filled(torch.zeros(6, 2).double(), x).any() and x,
     "filled": lambda m, x: x * torch.tensor(x.size(0)).item(),
 }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,11 @@ _SIZED_BY_VALUES = frozenset(
 _SIZED_BY_FIRST = frozenset(
     "index_add index_put index_copy index_fill scatter scatter_add scatter_reduce "
     "masked_scatter reshape_as view_as expand_as".split()
+)
+_VIEWS = frozenset(
+    "__getitem__ getitem chunk contiguous detach diagonal expand expand_as flatten movedim mT "
+    "narrow permute reshape select split squeeze swapaxes T t to transpose type_as unbind "
+    "unflatten unsqueeze view view_as".split()
 )
 
 
@@ -95,6 +100,26 @@ def _repeats_by_number(name: str, args: tuple[Any, ...], kwargs: Mapping[str, An
 def sized_by_first(name: str) -> bool:
     """Return whether the result of `name` has the size of its first argument alone."""
     return name.rstrip("_") in _SIZED_BY_FIRST
+
+
+def viewed(node: fx.Node) -> Iterator[fx.Node]:
+    """Yield what `node` takes first, and if that may be a view, what it is a view of, and so on."""
+    while node.all_input_nodes:
+        node = node.all_input_nodes[0]
+        yield node
+        attribute = node.args[1] if node.target is getattr else name_of(node)
+        if attribute not in _VIEWS:
+            return
+
+
+def gives_size(node: fx.Node) -> bool:
+    """Return whether `node` asks for a size of a tensor."""
+    return node.op == "call_method" and node.target in ("size", "numel")
+
+
+def gives_device(node: fx.Node) -> bool:
+    """Return whether `node` asks where a tensor lies."""
+    return node.target is getattr and node.args[1] == "device"
 
 
 def is_random(node: fx.Node) -> bool:

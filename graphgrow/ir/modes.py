@@ -12,7 +12,8 @@ def join(train: fx.Graph, eval_: fx.Graph) -> tuple[fx.Graph, fx.Graph]:
     """Return one graph twice if the two differ only in flags that follow the mode, else both.
 
     A flag that is True in train mode and False in eval mode becomes a get_attr node of the
-    `training` attribute of the module whose code passed it; the opposite flag is its `not`.
+    `training` attribute of the module whose code passed it; the opposite flag is its `not`, and a
+    float that is 0 in one of the modes, such as a dropout rate, is a product with the flag.
     """
     pairs = list(zip(train.nodes, eval_.nodes, strict=False))
     if len(train.nodes) != len(eval_.nodes):
@@ -48,13 +49,25 @@ def _same(one: Any, other: Any, twins: dict[fx.Node, fx.Node]) -> bool:
         return list(one) == list(other) and all(_same(one[k], other[k], twins) for k in one)
     if isinstance(one, slice):
         return _same(_bounds(one), _bounds(other), twins)
-    return isinstance(one, bool) or one is other or one == other
+    return isinstance(one, bool) or one is other or one == other or _is_rate(one, other)
+
+
+def _is_rate(one: Any, other: Any) -> bool:
+    """Return whether two floats are one rate that a mode switches off."""
+    return isinstance(one, float) and one != other and 0.0 in (one, other)
 
 
 def _merge(one: Any, other: Any, user: fx.Node, flags: dict[tuple[str, bool], fx.Node]) -> Any:
     """Return argument `one` of `user` with each flag that differs from `other`'s made a node."""
     if isinstance(one, bool) and one is not other:
         return _flag(user, one, flags)
+    if _is_rate(one, other):
+        with user.graph.inserting_before(user):
+            rate = user.graph.call_function(
+                operator.mul, (_flag(user, one != 0, flags), one or other)
+            )
+        rate.meta["module"] = user.meta["module"]
+        return rate
     if isinstance(one, tuple | list):
         items = [_merge(a, b, user, flags) for a, b in zip(one, other, strict=True)]
         if isinstance(one, list):

@@ -69,7 +69,7 @@ class Recorder(TorchFunctionMode):
         if calls.is_size(func):
             return self._size(func, args, kwargs)
         if calls.reads_values(func):
-            self._check_read(args)
+            self._check_read(func, args)
         if func is Tensor.unbind and self._tape.node_of(args[0]) in self._tape.sized_by_values:
             self.refuse_branch()
         with self._pause():
@@ -126,6 +126,8 @@ class Recorder(TorchFunctionMode):
             tape.refuse(f"{place} runs under autocast; put autocast around the whole model")
         node = tape.add(op, target, tape.argument(tuple(args)), tape.argument(dict(kwargs)))
         tape.note_sizes(node, args, kwargs)
+        if written:
+            tape.note_write(node)
         if op != "call_module" and not torch.is_grad_enabled():
             tape.cut_off(node)
         if isinstance(out, Tensor) and tape.knows(out):
@@ -172,10 +174,14 @@ class Recorder(TorchFunctionMode):
 
         return sized(size, self, make, of_data=node in self._tape.sized_by_values)
 
-    def _check_read(self, args: Any) -> None:
-        """Refuse if Python would see values that another run may change."""
-        tensors = [arg for arg in args if isinstance(arg, Tensor)]
-        if not all(self._tape.is_fixed(self._tape.node_of(tensor)) for tensor in tensors):
+    def _check_read(self, func: Any, args: Any) -> None:
+        """Refuse if Python would see values that another run may change.
+
+        The truth of what follows from sizes alone is as good as a comparison of sizes.
+        """
+        nodes = [self._tape.node_of(arg) for arg in args if isinstance(arg, Tensor)]
+        is_truth = func is Tensor.__bool__
+        if not all(self._tape.is_fixed(node, but_for_sizes=is_truth) for node in nodes):
             self.refuse_branch()
 
     def refuse_branch(self) -> None:

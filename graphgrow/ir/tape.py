@@ -33,6 +33,7 @@ class Tape:
         self._title, self._name_of = title, name_of
         self._nodes: dict[int, tuple[Tensor, fx.Node]] = {}  # keeps tensors alive: ids stay unique
         self._cuts: dict[fx.Node, fx.Node] = {}  # what no_grad code reads instead of a node
+        self._writes: defaultdict[fx.Node, list[fx.Node]] = defaultdict(list)
         self._inputs: list[tuple[torch.device, fx.Node]] = []
 
     def refuse(self, what: str) -> NoReturn:
@@ -157,24 +158,32 @@ class Tape:
         """Remember whether the size of what `node` gives depends on the values of tensors."""
         name = calls.name_of(node)
         sources = node.all_input_nodes
-        if calls.sized_by_first(name) or calls.writes(str(node.target), node.kwargs):
+        if calls.sized_by_first(name) or calls.writes(name, node.kwargs):
             sources = sources[:1]
         if calls.sized_by_values(name, args, kwargs) or not self.sized_by_values.isdisjoint(
             sources
         ):
             self.sized_by_values.add(node)
 
-    def is_fixed(self, node: fx.Node) -> bool:
-        """Return whether `node` and all connected with it come from literals alone."""
+    def note_write(self, node: fx.Node) -> None:
+        """Remember that `node` changes its first input, and what that input is a view of."""
+        for changed in calls.viewed(node):
+            self._writes[changed].append(node)
+
+    def is_fixed(self, node: fx.Node, *, but_for_sizes: bool) -> bool:
+        """Return whether `node` comes from literals alone, or from literals and sizes."""
         if _never_true(node):
             return True
         seen, left = {node}, [node]
         while left:
             node = left.pop()
+            is_size = calls.gives_size(node) and node.args[0] not in self.sized_by_values
+            if calls.gives_device(node) or (is_size and but_for_sizes):
+                continue
             stored = node.op == "get_attr" and not str(node.target).startswith("_constant")
             if stored or node.op in ("placeholder", "call_module") or calls.is_random(node):
                 return False
-            found = {*node.all_input_nodes, *node.users} - seen
+            found = {*node.all_input_nodes, *self._writes[node]} - seen
             seen |= found
             left += found
         return True
