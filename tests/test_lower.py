@@ -304,6 +304,13 @@ def test_the_flat_weights_of_an_lstm_are_the_graphs_tensors() -> None:
     assert made.layer._flat_weights[0] is new
 
 
+def test_a_lowered_lstm_has_nothing_to_set_right_at_its_first_call() -> None:
+    graph = trace(Wrap(nn.LSTM(3, 4)).double(), torch.randn(2, 5, 3, dtype=torch.float64))
+    new = nn.Parameter(torch.randn(16, 3, dtype=torch.float64))
+    made = lower(replace(graph, state={**graph.state, "layer.weight_ih_l0": new}))
+    assert not made.layer._weights_have_changed()
+
+
 def test_lowering_an_lstm_leaves_the_users_flat_weights_alone() -> None:
     model = Wrap(nn.LSTM(3, 4)).double()
     graph = trace(model, torch.randn(2, 5, 3, dtype=torch.float64))
@@ -350,6 +357,28 @@ def test_a_second_reference_to_a_weight_follows_it() -> None:
     new = nn.Parameter(torch.zeros(3, 3, dtype=torch.float64))
     made = lower(replace(graph, state={**graph.state, "layer.weight": new}))
     assert made.layer.again[0] is new
+
+
+def reshelled() -> tuple[Tagged, Graph, nn.Parameter]:
+    """Return a layer, a graph with another template for it, twice removed, and its new weight."""
+    model = Wrap(Tagged(3, 3)).double()
+    graph = trace(model, features())
+    again = shell(shell(model.layer, keep_class=True), keep_class=True)
+    new = nn.Parameter(torch.zeros(3, 3, dtype=torch.float64))
+    state = {**graph.state, "layer.weight": new}
+    return model.layer, replace(graph, modules={**graph.modules, "layer": again}, state=state), new
+
+
+def test_a_second_reference_survives_a_changed_template() -> None:
+    _, graph, new = reshelled()
+    assert lower(graph).layer.again[0] is new
+
+
+def test_a_hook_bound_to_the_layer_survives_a_changed_template() -> None:
+    layer, graph, _ = reshelled()
+    before = len(layer.calls)
+    lower(graph)(features())
+    assert len(layer.calls) == before
 
 
 def test_a_hook_bound_to_the_layer_is_bound_to_its_copy() -> None:

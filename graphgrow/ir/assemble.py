@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from types import MethodType
 from typing import Any
 
@@ -30,15 +31,12 @@ def assemble(
         if path:
             owner, _, name = path.rpartition(".")
             tree[owner]._modules[name] = tree[path]
-    fresh: dict[int, Any] = {key: built[key] for key in kept}
     for path, tensor in state.items():
         owner, _, name = path.rpartition(".")
-        old = modules[owner]._parameters.get(name), modules[owner]._buffers.get(name)
-        fresh.update({id(before): tensor for before in old if before is not None})
         place(tree[owner], name, tensor)
     for key, module in built.items():
         if key in kept:
-            redirect(module, fresh)
+            redirect(module, {_Own(name): part for name, part in _parts(module)})
         else:
             _drop_missing(module)
     return tree[""]
@@ -62,12 +60,17 @@ def _depth(path: str) -> int:
 
 
 def shell(template: nn.Module, *, keep_class: bool) -> nn.Module:
-    """Return a copy of `template` without tensors and children: its own class, or a container."""
+    """Return a copy of `template` without tensors and children: its own class, or a container.
+
+    Where else it refers to them, in a list say, it has their names until `assemble` knows better.
+    """
     if keep_class:
         made = object.__new__(type(template))
         made.__dict__.update({name: _unshared(value) for name, value in vars(template).items()})
         # a compiled call is bound to the template and would run its tensors
         made.__dict__.pop("_compiled_call_impl", None)
+        names = {id(part): _Own(name) for name, part in _parts(template)}
+        _redirect_attributes(made, {id(template): made, **names})
     else:
         made = nn.Module()
         made.training = template.training
@@ -104,20 +107,41 @@ def place(module: nn.Module, name: str, tensor: Tensor) -> None:
     module._buffers[name] = tensor
 
 
-def redirect(module: nn.Module, fresh: Mapping[int, Any]) -> None:
+def redirect(module: nn.Module, fresh: _Fresh) -> None:
     """Let attributes of `module` that refer to an object of `fresh`, by id, refer to its value.
 
     Layers keep such references beside their tables: a list of flat weights, a hook bound to them.
     """
-    for name, value in vars(module).items():
-        if name not in ("_parameters", "_buffers", "_modules"):
-            module.__dict__[name] = _moved(value, fresh)
+    _redirect_attributes(module, fresh)
     if isinstance(module, nn.RNNBase):
         module._init_flat_weights()  # holds weak references, too
 
 
-def _moved(value: Any, fresh: Mapping[int, Any]) -> Any:
+@dataclass(frozen=True)
+class _Own:
+    """Stands in a shell for the parameter, buffer or child of its own that has this name."""
+
+    name: str
+
+
+_Fresh = Mapping[Any, Any]  # by id, or by _Own
+
+
+def _parts(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    for table in (module._parameters, module._buffers, module._modules):
+        yield from ((name, part) for name, part in table.items() if part is not None)
+
+
+def _redirect_attributes(module: nn.Module, fresh: _Fresh) -> None:
+    for name, value in vars(module).items():
+        if name not in ("_parameters", "_buffers", "_modules"):
+            module.__dict__[name] = _moved(value, fresh)
+
+
+def _moved(value: Any, fresh: _Fresh) -> Any:
     """Return `value` with what it refers to replaced, or `value` itself if nothing is."""
+    if isinstance(value, _Own):
+        return fresh.get(value, value)
     if id(value) in fresh:
         return fresh[id(value)]
     if isinstance(value, MethodType) and id(value.__self__) in fresh:
