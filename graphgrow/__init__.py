@@ -8,6 +8,9 @@ from graphgrow.ir.trace import trace
 from graphgrow.optim.migrate import migrate
 from graphgrow.passes.apply import apply
 from graphgrow.passes.candidates import candidates
+from graphgrow.passes.deepen import Deepen
+from graphgrow.passes.identity import Identity
+from graphgrow.passes.layers import Factor, Split
 from graphgrow.passes.remove import Absorb, Remove
 from graphgrow.passes.rewrite import Grown
 from graphgrow.passes.weights import Copy, Given, Pairs, ZeroIncoming, ZeroOutgoing
@@ -19,13 +22,17 @@ __all__ = [
     "Absorb",
     "Axis",
     "Copy",
+    "Deepen",
+    "Factor",
     "Given",
     "Graph",
     "Grown",
+    "Identity",
     "NotApplicable",
     "NotEquivalent",
     "Pairs",
     "Remove",
+    "Split",
     "UnsupportedOp",
     "Widen",
     "ZeroIncoming",

@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from graphgrow.ir.layout import Layout
+from graphgrow.nn import Rational
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ _ROWS: tuple[tuple[type | tuple[type, ...], Callable[[Any, Sizes], dict[str, Any
     (nn.ChannelShuffle, _shuffle),
     (nn.Embedding, _embedding),
     (nn.PReLU, _prelu),
-    ((nn.LayerNorm, nn.RMSNorm), _fixed),
+    ((nn.LayerNorm, nn.RMSNorm, Rational), _fixed),
 )
 
 
@@ -108,7 +109,7 @@ def resized(module: nn.Module, sizes: Sizes) -> dict[str, Any]:
 
 
 def is_known(module: nn.Module) -> bool:
-    """Return whether a leaf's sizes can be told: a layer with a row here, or one without tensors."""
+    """Return whether a leaf's sizes can be told: it has a row here, or no tensors."""
     if hasattr(module, "parametrizations"):
         return False
     owns = any(True for _ in module.parameters()) or any(True for _ in module.buffers())

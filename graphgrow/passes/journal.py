@@ -6,13 +6,21 @@ from collections.abc import Iterable
 from dataclasses import fields, is_dataclass
 from typing import Any
 
+from graphgrow.passes.deepen import Deepen
+from graphgrow.passes.identity import Identity
+from graphgrow.passes.layers import Factor, Split
 from graphgrow.passes.remove import Absorb, Remove
 from graphgrow.passes.rewrite import Rewrite
 from graphgrow.passes.weights import Copy, Given, Pairs, ZeroIncoming, ZeroOutgoing
 from graphgrow.passes.widen import Widen
 
 _KINDS: dict[str, Any] = {
-    kind.__name__: kind for kind in (Widen, Remove, Absorb, ZeroOutgoing, ZeroIncoming, Pairs, Copy, Given)
+    kind.__name__: kind
+    for kind in (
+        *(Widen, ZeroOutgoing, ZeroIncoming, Pairs, Copy, Given),
+        *(Deepen, Identity, Factor, Split),
+        *(Remove, Absorb),
+    )
 }
 
 

@@ -1,92 +1,24 @@
-"""Schemes for a new layer that computes the identity: what is put where, with which numbers.
+"""Layers split in two: schemes that put an invertible layer and an activation before a layer.
 
-Each scheme turns a `Place` into an `Insertion`. The algebra is exact; numbers are computed in
-float64, and what their rounding to the model's own type may change is stated.
+The algebra is exact; numbers are computed in float64, and what their rounding to the model's own
+type may change is stated.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, NoReturn, Protocol
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from graphgrow.errors import NotApplicable
-from graphgrow.ir.assemble import shell
-from graphgrow.ir.graph import Graph
 from graphgrow.nn import Rational
+from graphgrow.passes.place import CONVOLUTIONS, Insertion, Part, Place, weight_of, width
 
 CONDITION = 1e6  # a matrix above it is taken for singular
-
-_CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-_LAYERS = (
-    *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d),
-    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
-)
-
-
-@dataclass(frozen=True, eq=False)
-class Place:
-    """Where a layer is to be inserted: a leaf module and its calls, by mode."""
-
-    graph: Graph
-    path: str
-    module: nn.Module
-    calls: tuple[tuple[str, fx.Node], ...]
-
-    def refuse(self, fact: str) -> NoReturn:
-        """Raise that nothing can be inserted here, with the fact."""
-        raise NotApplicable(f"cannot deepen at '{self.path}': {fact}")
-
-    @property
-    def kind(self) -> str:
-        """The class of the module, for sentences."""
-        return type(self.module).__name__
-
-
-@dataclass(frozen=True, eq=False)
-class Part:
-    """One call to insert: of a new module with tensors by name, or of what `call` calls."""
-
-    suffix: str
-    module: nn.Module | None = None
-    tensors: Mapping[str, Tensor] = field(default_factory=dict)
-    call: fx.Node | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class Insertion:
-    """Calls to insert, in order, before or after each call at a place; and what changes there.
-
-    `tensors` and `attributes` are new values for the module at the place. `modes` are those in
-    which the function is kept; `error` bounds the change of the layer's output by rounding,
-    relative to the norms of its weight and input.
-    """
-
-    parts: tuple[Part, ...]
-    after: bool = False
-    tensors: Mapping[str, Tensor] = field(default_factory=dict)
-    attributes: Mapping[str, Any] = field(default_factory=dict)
-    modes: tuple[str, ...] = ("train", "eval")
-    lines: tuple[str, ...] = ()
-    error: float | None = None
-
-
-class Layer(Protocol):
-    """What is inserted, and why it is the identity."""
-
-    def insertion(self, place: Place) -> Insertion:
-        """Return what to insert at a place. Raises NotApplicable where it would not be exact."""
-        ...
-
-
-# ------------------------------------------------------------------------------ factorisation
-
-
 Rows = tuple[tuple[float, ...], ...]
 
 
@@ -112,7 +44,7 @@ class Factor:
     def insertion(self, place: Place) -> Insertion:
         """Return Q and the activation, to go before the layer, and the layer's weight W Q⁻¹."""
         _check_choice(place, self.activation, ("rational", "prelu"))
-        like = _weight(place)
+        like = weight_of(place)
         if self.activation == "rational":
             activation = Rational(device="meta", dtype=like.dtype)
             start = {"alpha": 1.0, "beta": 0.0, "gamma": 0.0}
@@ -183,20 +115,21 @@ class _Factors:
 def _factors(
     place: Place, rows: Rows | None, bias: tuple[float, ...] | None, seed: int
 ) -> _Factors:
-    weight = _weight(place)
+    weight = weight_of(place)
     groups = getattr(place.module, "groups", 1)
-    width = _width(place.module) // groups
-    drawn = _orthogonal(place, groups, width, seed) if rows is None else None
-    exact = _given(place, rows, groups, width) if drawn is None else drawn
+    inputs = width(place.module) // groups
+    drawn = _orthogonal(place, groups, inputs, seed) if rows is None else None
+    exact = _given(place, rows, groups, inputs) if drawn is None else drawn
     # rounded first, so that the inverse is that of the matrix which the model will hold
     forth = exact.to(weight.dtype).double()
-    condition = float(torch.linalg.cond(forth).max())
+    condition = 1.0 if rows is None else float(torch.linalg.cond(forth).max())
     if not condition <= CONDITION:
         place.refuse(
             f"the matrix is not invertible, or nearly so (condition number {condition:.0e}, "
             f"at most {CONDITION:.0e}); give another, or none for an orthogonal one"
         )
-    back = torch.linalg.pinv(forth)
+    q, r = torch.linalg.qr(forth)
+    back = torch.linalg.solve_triangular(r, q.mT, upper=True)
     return _Factors(forth, back, _bias(place, bias, groups, forth.shape[1]), condition)
 
 
@@ -229,22 +162,24 @@ def _tensor(place: Place, numbers: Any, what: str) -> Tensor:
     return found
 
 
-def _bias(
-    place: Place, given: tuple[float, ...] | None, groups: int, units: int
-) -> Tensor | None:
+def _bias(place: Place, given: tuple[float, ...] | None, groups: int, units: int) -> Tensor | None:
     """Return the new layer's bias by group, `(groups, units)`, None where it is to have none."""
     module = place.module
     if given is None:
-        is_offset = isinstance(module, nn.Linear) and module.bias is not None
+        is_offset = isinstance(module, nn.Linear) and place.has("bias")
         return torch.zeros(groups, units, dtype=torch.double) if is_offset else None
     bias = _tensor(place, given, "bias")
     if bias.shape != (groups * units,):
         place.refuse(f"the bias has {bias.numel()} numbers, the new layer {groups * units} units")
-    if f"{place.path}.bias" not in place.graph.state:
+    if not place.has("bias"):
         place.refuse(f"{place.kind} has no bias to fold that of the new layer into; give none")
     # the border of a padded convolution would read zeros, where the inside reads the bias
-    if isinstance(module, _ConvTransposeNd) or (isinstance(module, _ConvNd) and _pads_zeros(module)):
-        place.refuse(f"{place.kind} pads with zeros, so a bias before it changes the border; give none")
+    if isinstance(module, _ConvTransposeNd) or (
+        isinstance(module, _ConvNd) and _pads_zeros(module)
+    ):
+        place.refuse(
+            f"{place.kind} pads with zeros, so a bias before it changes the border; give none"
+        )
     return bias.reshape(groups, units)
 
 
@@ -260,11 +195,11 @@ def _factored(place: Place, factors: _Factors, activation: Part) -> Insertion:
     A zero-padded convolution stays exact at the border: Q has no bias and the activation parts
     cancel or map zero to zero, so the zeros that it pads mean what they meant before.
     """
-    module, weight = place.module, _weight(place)
+    module, weight = place.module, weight_of(place)
     forth, groups = factors.forth, factors.forth.shape[0]
     blocks = torch.einsum("gocs,gcq->goqs", _blocks(module, weight), factors.back)
     tensors = {"weight": _from_blocks(module, blocks, weight)}
-    layer = _reader(module, groups * forth.shape[1], bias=factors.bias is not None)
+    layer = _reader(place, groups * forth.shape[1], bias=factors.bias is not None)
     new = {"weight": forth.reshape(layer.weight.shape)}
     if factors.bias is not None:
         new["bias"] = factors.bias.reshape(-1)
@@ -272,30 +207,31 @@ def _factored(place: Place, factors: _Factors, activation: Part) -> Insertion:
             constant = torch.einsum("goqs,gq->go", blocks, factors.bias).reshape(-1)
             tensors["bias"] = place.graph.state[f"{place.path}.bias"].detach().cpu() - constant
     name = "in_features" if isinstance(module, nn.Linear) else "in_channels"
-    error = factors.condition * torch.finfo(weight.dtype).eps / 2
+    precision = torch.finfo(weight.dtype)
     line = (
-        f"'{place.path}.weight' times the inverse of the new layer's, condition number "
-        f"{factors.condition:.3g}: rounding to {str(weight.dtype).removeprefix('torch.')} changes "
-        f"its output by at most {error:.1e} of the norms of weight and input"
+        f"'{place.path}.weight' takes the inverse of '{{in}}.weight' (condition number "
+        f"{factors.condition:.3g}); rounding to {precision.dtype} changes what the two give by at "
+        f"most {factors.condition * precision.eps / 2:.1e} of the norms of weight and input"
     )
     return Insertion(
         parts=(Part("in", layer, new), activation),
+        like=weight,
         tensors=tensors,
         attributes={name: groups * forth.shape[1]},
         lines=(line,),
-        error=error,
+        rounding=100 * factors.condition * precision.eps,
     )
 
 
-def _reader(module: nn.Module, units: int, *, bias: bool) -> nn.Linear | _ConvNd:
-    """Return a layer without values that reads what `module` reads: linear, or a 1×1 convolution."""
-    weight: Any = module.weight
-    place: dict[str, Any] = {"device": "meta", "dtype": weight.dtype}
+def _reader(place: Place, units: int, *, bias: bool) -> nn.Linear | _ConvNd:
+    """Return a layer without values that reads what the one there does: linear, or 1×1."""
+    module: Any = place.module
+    weight = weight_of(place)
+    like: dict[str, Any] = {"device": "meta", "dtype": weight.dtype}
     if isinstance(module, nn.Linear):
-        return nn.Linear(module.in_features, units, bias, **place)
-    kind = _CONVOLUTIONS[weight.dim() - 2]
-    groups, channels = module.groups, module.in_channels
-    return kind(channels, units, 1, groups=groups, bias=bias, **place)
+        return nn.Linear(module.in_features, units, bias, **like)
+    kind = CONVOLUTIONS[weight.dim() - 2]
+    return kind(module.in_channels, units, 1, groups=module.groups, bias=bias, **like)
 
 
 def _blocks(module: nn.Module, weight: Tensor) -> Tensor:
@@ -312,48 +248,3 @@ def _from_blocks(module: nn.Module, blocks: Tensor, weight: Tensor) -> Tensor:
     if isinstance(module, _ConvTransposeNd):
         blocks = blocks.transpose(1, 2)
     return blocks.reshape(-1, blocks.shape[2], *weight.shape[2:])
-
-
-# ------------------------------------------------------------------------------ what layers are
-
-
-def is_layer(module: nn.Module) -> bool:
-    """Return whether a module is a linear or a convolution layer, or calls itself as one does."""
-    kind = next((k for k in _LAYERS if isinstance(module, k)), None)
-    same = ("forward", "_conv_forward", "__call__")
-    return kind is not None and all(
-        getattr(type(module), name, None) is getattr(kind, name, None) for name in same
-    )
-
-
-def _width(module: Any) -> int:
-    return module.in_features if isinstance(module, nn.Linear) else module.in_channels
-
-
-def _weight(place: Place) -> Tensor:
-    """Return the weight of the layer at a place, which must be its alone and used as it is."""
-    module, state = place.module, place.graph.state
-    if not is_layer(module):
-        place.refuse(
-            f"{place.kind} is neither a linear nor a convolution layer; give the path of one"
-        )
-    if not isinstance(weight := state.get(f"{place.path}.weight"), nn.Parameter) or (
-        hasattr(module, "parametrizations") or module._forward_pre_hooks
-    ):
-        place.refuse(f"a hook or parametrization makes the weight of {place.kind}; remove it first")
-    own = {id(state[f"{place.path}.{n}"]) for n in ("weight", "bias") if _has(place, n)}
-    for path, tensor in state.items():
-        owner = path.rpartition(".")[0]
-        if id(tensor) in own and place.graph.modules.get(owner) is not module:
-            place.refuse(f"its tensors are tied to '{path}', which would change with them")
-    for structure in (place.graph.train, place.graph.eval):
-        for node in structure.nodes:
-            if node.op == "get_attr" and id(state.get(str(node.target))) in own:
-                place.refuse(f"the model's own code reads its '{node.target}' as well")
-    if not weight.is_floating_point():
-        place.refuse(f"its weight is of type {weight.dtype}")
-    return weight
-
-
-def _has(place: Place, name: str) -> bool:
-    return f"{place.path}.{name}" in place.graph.state
