@@ -1,10 +1,12 @@
 """graphgrow: grow a PyTorch model in the middle of training, with the same outputs."""
 
 from graphgrow.errors import NotApplicable, NotEquivalent, UnsupportedOp
+from graphgrow.io import load, save
 from graphgrow.ir.analyse import Axis
 from graphgrow.ir.graph import Graph
 from graphgrow.ir.lower import lower
 from graphgrow.ir.trace import trace
+from graphgrow.optim.clocks import resume
 from graphgrow.optim.migrate import migrate
 from graphgrow.passes.apply import apply
 from graphgrow.passes.candidates import candidates
@@ -41,7 +43,10 @@ __all__ = [
     "apply",
     "candidates",
     "compare",
+    "load",
     "lower",
     "migrate",
+    "resume",
+    "save",
     "trace",
 ]

@@ -96,10 +96,14 @@ class Axis:
 
 @dataclass(frozen=True, eq=False)
 class Analysis:
-    """The layouts of a graph's tensors, its axes in topological order, and its steps."""
+    """The layouts of a graph's tensors, its axes in topological order, and its steps.
+
+    `tied` has the first path of each tensor for every path; axes name tensors by first paths.
+    """
 
     axes: Mapping[str, Axis]
     state: Mapping[str, tuple[Layout, ...]]
+    tied: Mapping[str, str]
     nodes: Mapping[tuple[str, str], Any]
     values: tuple[tuple[Layout, ...], ...]
     sources: Mapping[int, Source]
@@ -388,6 +392,9 @@ class _Settled:
         self.roles: dict[Atom, dict[ParameterDim, str]] = {}
         self.names: dict[Atom, str] = {}
         self.taken: set[str] = set()
+        first: dict[int, str] = {}
+        state = watch.state.items()
+        self.tied = {path: first.setdefault(id(tensor), path) for path, tensor in state}
 
     def analysis(self) -> Analysis:
         self._collect_roles()
@@ -402,20 +409,18 @@ class _Settled:
         values = tuple(tuple(value(p) for p in dims) for dims in self.watch.dims)
         state = {
             path: values[self.watch.number(tensor)] if tensor.dim() else ()
-            for path, tensor in self._first_values()
+            for path, tensor in self.watch.state.items()
         }
         return Analysis(
             axes={name: self._axis(atom, name) for atom, name in self.names.items()},
             state=state,
+            tied=self.tied,
             nodes=self.watch.nodes,
             values=values,
             sources=self.watch.sources,
             steps=tuple(self._step(step, outcome) for step, outcome in self.watch.steps),
             unknown=self.watch.unknown,
         )
-
-    def _first_values(self) -> Iterator[tuple[str, Tensor]]:
-        yield from self.watch.state.items()
 
     def _label(self, atom: Atom) -> str | int:
         return self.names.get(atom, atom.size)
@@ -426,10 +431,19 @@ class _Settled:
                 source = self.watch.sources.get(number)
                 if source is not None and step.row.kind is not Kind.MOVE:
                     self._add_roles(step, outcome, slot, source)
-        for path, tensor in self.watch.state.items():
-            for d, parts in enumerate(self.watch.of(tensor)):
+        for path in dict.fromkeys(self.tied.values()):
+            for d, parts in enumerate(self.watch.of(self.watch.state[path])):
+                self._refuse_powers(parts)
                 for atom in layout.leaves(parts):
                     self.roles.setdefault(atom, {}).setdefault(ParameterDim(path, d), "carrier")
+
+    def _refuse_powers(self, parts: Composition) -> None:
+        """Freeze axes that a dim multiplies with themselves: their units have no slices."""
+        for term in layout.expand(parts):
+            factors = [set(layout.leaves(((atom,),))) for atom in term]
+            for i, factor in enumerate(factors):
+                for atom in factor.intersection(*[set().union(*factors[:i])]):
+                    freeze(((atom,),), "is multiplied with itself in one dim")
 
     def _add_roles(self, step: Step, outcome: Outcome, slot: int, source: Source) -> None:
         tensor = self.watch.state[source.path]

@@ -99,11 +99,17 @@ class Row:
 
 
 def row_of(func: torch._ops.OpOverload) -> Row | None:
-    """Return the row of an operator, None where none is known."""
-    row = ROWS.get(func.overloadpacket)
-    if row is None and torch.Tag.pointwise in func.tags:
-        return POINTWISE
-    return row
+    """Return the row of an operator, None where none is known.
+
+    An operator that writes in place has the row of the one that does not.
+    """
+    packet = func.overloadpacket
+    if packet not in ROWS and packet.__name__.endswith("_"):
+        packet = getattr(aten, packet.__name__[:-1], packet)
+    if packet in ROWS:
+        return ROWS[packet]
+    overloads = [func, *(getattr(packet, name) for name in packet.overloads())]
+    return POINTWISE if any(torch.Tag.pointwise in f.tags for f in overloads) else None
 
 
 # --- pointwise -----------------------------------------------------------------------------------
@@ -272,6 +278,15 @@ def split(c: Call) -> Outcome:
     return Outcome([_replace(c.of(x), d, p) for p in pieces])
 
 
+def glu(c: Call) -> Outcome:
+    """Gate the first half of a dim by the second, unit by unit."""
+    x, out = c.args[0], c.outs[0]
+    d = c.arg(1, "dim", -1) % x.dim()
+    value, gate = layout.cut(c.of(x)[d], [out.shape[d]] * 2)
+    unify(value, gate)
+    return Outcome([_replace(c.of(x), d, value)])
+
+
 def _replace(dims: Dims, d: int, parts: Composition) -> Dims:
     return [*dims[:d], parts, *dims[d + 1 :]]
 
@@ -315,10 +330,16 @@ def index(c: Call) -> Outcome:
     used = [d for d, i in enumerate(indices) if i is not None]
     for d in used:
         freeze(c.of(x)[d], "is indexed by a tensor")
+        _freeze_indices(c, indices[d])
     kept = [p for d, p in enumerate(c.of(x)) if d not in used]
     new = [_free(s) for s in _index_shape(x, used, out)]
     at = used[0] if used == list(range(used[0], used[-1] + 1)) else 0
     return Outcome([kept[:at] + new + kept[at:]])
+
+
+def _freeze_indices(c: Call, indices: Tensor) -> None:
+    for parts in c.of(indices):
+        freeze(parts, "lists positions of another tensor")
 
 
 def _index_shape(x: Tensor, used: list[int], out: Tensor) -> list[int]:
@@ -331,6 +352,7 @@ def index_select(c: Call) -> Outcome:
     """Take listed positions of one dim."""
     x, d = c.args[0], c.args[1] % c.args[0].dim()
     freeze(c.of(x)[d], "is indexed by a tensor")
+    _freeze_indices(c, c.args[2])
     return Outcome([_replace(c.of(x), d, _free(c.outs[0].shape[d]))])
 
 
@@ -653,6 +675,7 @@ ROWS: dict[Any, Row] = _table(
     (Row(cat, **MOVE), "cat"),
     (Row(stack, **MOVE), "stack"),
     (Row(split, **MOVE), "split split_with_sizes chunk"),
+    (Row(split, **MOVE), "unsafe_split unsafe_split_with_sizes unsafe_chunk"),
     (Row(pick, **MOVE), "select unbind"),
     (Row(slice_, **MOVE), "slice"),
     (Row(reorder, **MOVE), "flip roll"),
@@ -668,7 +691,9 @@ ROWS: dict[Any, Row] = _table(
     # each entry from the entries at its place
     (HOMOGENEOUS, "relu relu_ leaky_relu leaky_relu_ neg abs add add_ sub sub_ copy_"),
     (Row(broadcast, Kind.POINTWISE, odd=True), "tanh tanh_ sin erf atan asinh sinh tan softshrink"),
-    (POINTWISE, "fill_ masked_fill masked_fill_ zero_ _prelu_kernel where"),
+    (POINTWISE, "fill_ masked_fill masked_fill_ zero_ _prelu_kernel where hardswish hardswish_"),
+    (Row(broadcast, Kind.SEPARATE), "log_sigmoid_forward"),
+    (Row(glu, Kind.SEPARATE, "zero"), "glu"),
     # each unit from the same unit
     (POOL, "_adaptive_avg_pool1d _adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_avg_pool1d"),
     (POOL, "max_pool2d_with_indices max_pool3d_with_indices adaptive_max_pool2d"),
@@ -685,7 +710,7 @@ ROWS: dict[Any, Row] = _table(
     (Row(sum_, Kind.SUM, "zero", True), "sum"),
     (MIX, "_softmax _log_softmax _safe_softmax cumsum sort topk cumprod argsort"),
     (Row(same, Kind.RANDOM), "native_dropout bernoulli bernoulli_ rand_like randn_like uniform_"),
-    (Row(same, Kind.RANDOM), "normal_ randint_like"),
+    (Row(same, Kind.RANDOM), "normal_ randint_like rrelu_with_noise rrelu_with_noise_"),
     # norms
     (NORM, "native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training"),
     (NORM, "cudnn_batch_norm miopen_batch_norm _batch_norm_with_update batch_norm_with_update"),

@@ -32,13 +32,20 @@ def apply(graph: Graph, *rewrites: Rewrite, verify: bool = True) -> Grown:
     now, origin, proofs = graph, {}, []
     for rewrite in rewrites:
         edit = rewrite.edit(now)
-        origin = chained(origin, edit.origin)
+        origin = chained(origin, _at_all_paths(now, edit.origin))
         proofs.append(edit.proof)
         now = edit.graph
     proof = _joined(proofs)
     if verify and rewrites:
         proof = _verified(proof, compare(graph, now, *graph.example))
     return Grown(graph, now, origin, proof, rewrites)
+
+
+def _at_all_paths(graph: Graph, origin: Mapping[str, TensorOrigin]) -> dict[str, TensorOrigin]:
+    """Return origins by every path of each tensor, for those known by one."""
+    by_id = {id(graph.state[path]): found for path, found in origin.items() if path in graph.state}
+    every = {p: by_id[id(tensor)] for p, tensor in graph.state.items() if id(tensor) in by_id}
+    return {**origin, **every}
 
 
 def chained(

@@ -15,27 +15,37 @@ from graphgrow.ir.attributes import Sizes
 from graphgrow.ir.layout import Layout
 
 
-def resize(structure: fx.Graph, analysis: Analysis, mode: str, widths: Mapping[str, int]) -> fx.Graph:
+Numbers = dict[tuple[str, str], Any]
+
+
+def resize(
+    structure: fx.Graph, analysis: Analysis, mode: str, widths: Mapping[str, int]
+) -> tuple[fx.Graph, Numbers]:
     """Return `structure` with the sizes stated in calls changed to what `widths` make them.
 
-    The same graph comes back where nothing changes. A changed node's meta says so in `edited`.
+    The same graph comes back where nothing changes; a changed node's meta says so in `edited`. The
+    second part has the new value of every node that computes a number, by mode and name.
 
     Raises:
         NotApplicable: where a size cannot be stated anew.
     """
     edits = _Edits(analysis, mode, widths)
+    numbers = {
+        (mode, node.name): edits.number(node)
+        for node in structure.nodes
+        if type(edits.number_before(node)) in (int, float)
+    }
     found = {node: new for node in structure.nodes if (new := edits.of(node)) is not None}
     if not found:
-        return structure
+        return structure, numbers
     made, copies = fx.Graph(), {}
     made.output(made.graph_copy(structure, copies))
     for node, (target, args, kwargs) in found.items():
         copy = copies[node]
-        back = lambda n: copies[n]  # noqa: E731
         copy.target = target
-        copy.args, copy.kwargs = fx.map_arg(args, back), fx.map_arg(kwargs, back)
+        copy.args, copy.kwargs = (fx.map_arg(a, copies.__getitem__) for a in (args, kwargs))
         copy.meta["edited"] = f"{_called(node)}{_said(node.args)} becomes {_said(copy.args)}"
-    return made
+    return made, numbers
 
 
 def _called(node: fx.Node) -> str:

@@ -89,14 +89,14 @@ class Remove:
                 f"exactly: {narrowed.reason}; give absorb= for least squares"
             )
         chosen = replace(self, axis=axis.name, units=units, absorb=absorb if narrowed.fitted else None)
-        grown = resize(graph, narrowed.kept, narrowed.tensors)
+        grown = resize(graph, narrowed.kept, narrowed.tensors, chosen)
         origin = {path: narrowed.kept.origin(path) for path in change.paths()}
         said = str(replace(chosen, absorb=None))
         lost = rounding(narrowed.tensors, graph.state)
         proof = Proof(said, not narrowed.fitted, lines=narrowed.lines, rounding=lost)
         if narrowed.fitted:
             proof = replace(proof, modes=())
-        return Edit(replace(grown, journal=(*graph.journal, chosen)), proof, origin)
+        return Edit(grown, proof, origin)
 
     def _checked(self, graph: Graph) -> tuple[Axis, tuple[int, ...]]:
         axis = graph.axis(self.axis)

@@ -7,7 +7,6 @@ there when a journal is read. What it makes of the structure doesn't depend on t
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -36,7 +35,7 @@ def replay(graph: Graph, *rewrites: Rewrite) -> Graph:
             raise NotApplicable(axis.obstacle)
         change = Resized(graph.analysis, axis.name, units(rewrite, axis.width))
         tensors, _ = resized_state(graph.state, change)
-        graph = replace(resize(graph, change, tensors), journal=(*graph.journal, rewrite))
+        graph = resize(graph, change, tensors, rewrite)
     return graph
 
 

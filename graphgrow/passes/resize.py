@@ -9,29 +9,47 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
-from graphgrow.ir.analyse import Slot
+from graphgrow.ir.analyse import Analysis, Slot
 from graphgrow.ir.assemble import shell, twin
 from graphgrow.ir.attributes import Sizes, resized
 from graphgrow.ir.graph import Graph
 from graphgrow.ir.layout import Layout
 from graphgrow.passes import literals
+from graphgrow.passes.rewrite import Rewrite
 from graphgrow.passes.units import Resized
 
 
-def resize(graph: Graph, change: Resized, tensors: Mapping[str, Tensor]) -> Graph:
-    """Return `graph` with an axis resized and `tensors`, by path, in place of the old ones.
+def resize(graph: Graph, change: Resized, tensors: Mapping[str, Tensor], rewrite: Rewrite) -> Graph:
+    """Return `graph` with an axis resized, `tensors` by path in place of the old ones.
+
+    `rewrite` joins the journal. What is known of axes carries over with the new widths, so that
+    many rewrites in a row need one analysis.
 
     Raises:
         NotApplicable: where a size stated in a call cannot be stated anew.
     """
     widths = change.widths()
-    train = literals.resize(graph.train, graph.analysis, "train", widths)
+    train, numbers = literals.resize(graph.train, graph.analysis, "train", widths)
     same = graph.eval is graph.train
-    eval_ = train if same else literals.resize(graph.eval, graph.analysis, "eval", widths)
+    eval_, more = literals.resize(graph.eval, graph.analysis, "eval", widths)
     made = {id(graph.state[path]): twin(graph.state[path], t) for path, t in tensors.items()}
-    state = {path: made.get(id(tensor), tensor) for path, tensor in graph.state.items()}
-    modules = _retold(graph, widths)
-    return replace(graph, train=train, eval=eval_, state=state, modules=modules)
+    grown = replace(
+        graph,
+        train=train,
+        eval=train if same else eval_,
+        state={path: made.get(id(tensor), tensor) for path, tensor in graph.state.items()},
+        modules=_retold(graph, widths),
+        journal=(*graph.journal, rewrite),
+    )
+    grown.__dict__["analysis"] = _resized(graph.analysis, widths, {**numbers, **more})
+    return grown
+
+
+def _resized(
+    analysis: Analysis, widths: Mapping[str, int], numbers: Mapping[tuple[str, str], Any]
+) -> Analysis:
+    axes = {name: replace(axis, width=widths[name]) for name, axis in analysis.axes.items()}
+    return replace(analysis, axes=axes, nodes={**analysis.nodes, **numbers})
 
 
 def _retold(graph: Graph, widths: Mapping[str, int]) -> dict[str, nn.Module]:

@@ -41,8 +41,8 @@ class Resized:
         return [d for d, layout in enumerate(layouts) if self.axis in layout.axes()]
 
     def paths(self) -> list[str]:
-        """Return the tensors that the edit changes."""
-        return [path for path in self.analysis.state if self.dims(path)]
+        """Return the tensors that the edit changes, tied ones by their first path."""
+        return [path for path in dict.fromkeys(self.analysis.tied.values()) if self.dims(path)]
 
     def origin(self, path: str) -> TensorOrigin:
         """Return where each entry of a changed tensor comes from."""
@@ -66,13 +66,6 @@ class Resized:
         places = self.at(path, dim)
         picked = tensor.detach().index_select(dim, torch.from_numpy(places.reshape(-1)))
         return picked.movedim(dim, 0).reshape(len(self.units), -1)
-
-    def once(self, path: str, dim: int) -> bool:
-        """Return whether no position of a dim belongs to two units of the axis."""
-        layout = self.analysis.state[path][dim]
-        return all(
-            sum(factor == self.axis for factor in term) <= 1 for term in layout.terms
-        )
 
 
 def gather(tensor: Tensor, origin: TensorOrigin) -> Tensor:

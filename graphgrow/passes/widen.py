@@ -94,11 +94,11 @@ class Widen:
             path: _with_scale(change.origin(path), graph.state[path], tensors[path])
             for path in tensors
         }
-        grown = resize(graph, change, {**tensors, **folded})
-        chosen = replace(self, weights=scheme)
+        chosen = replace(self, axis=change.axis, weights=scheme)
+        grown = resize(graph, change, {**tensors, **folded}, chosen)
         lost = rounding(verdict.folds, graph.state)
         proof = Proof(str(chosen), lines=verdict.lines, rounding=lost)
-        return Edit(replace(grown, journal=(*graph.journal, chosen)), proof, origin)
+        return Edit(grown, proof, origin)
 
 
 def _filled(
