@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from graphgrow.errors import NotApplicable
 from graphgrow.ir.analyse import ParameterDim, Slot
@@ -217,7 +217,10 @@ class _Fill:
             self._write(at, self.resized.new, torch.zeros_like(new))
 
     def carriers(self) -> None:
-        """Give per-unit tensors the old units' mean, and their spread where a unit has several."""
+        """Give per-unit tensors the old units' mean, parameters of several entries their spread.
+
+        Buffers get no spread: a drawn variance could be negative.
+        """
         for at in self.axis.carriers:
             old, new = self._read(at, self.resized.old), self._read(at, self.resized.new)
             if not old.is_floating_point():
@@ -225,7 +228,8 @@ class _Fill:
                 continue
             mean = old.double().mean(0, keepdim=True)
             values = mean.expand_as(new)
-            if new.shape[1] > 1 and len(old) > 1:
+            learned = isinstance(self.state[at.path], nn.Parameter)
+            if learned and new.shape[1] > 1 and len(old) > 1:
                 values = values + old.double().std(0, keepdim=True) * self._drawn(at, new)
             self._write(at, self.resized.new, values)
 
