@@ -169,7 +169,7 @@ def _is(graph: Graph, node: fx.Node, kinds: tuple[Any, ...], calls: frozenset[st
 def _called(node: fx.Node) -> str:
     target = node.target
     name = target if isinstance(target, str) else getattr(target, "__name__", str(target))
-    return name.removesuffix("_")
+    return name.strip("_")
 
 
 def _key(graph: Graph, node: fx.Node) -> str:

@@ -92,6 +92,7 @@ class Split:
             torch.cat([once.forth, -once.forth], 1),
             torch.cat([once.back, -once.back], 2) / slope,
             None if once.bias is None else torch.cat([once.bias, -once.bias], 1),
+            once.offset,
             once.condition,
         )
         return _factored(place, twice, Part("act", make()))
@@ -104,11 +105,15 @@ def _check_choice(place: Place, given: str, choices: tuple[str, ...]) -> None:
 
 @dataclass(frozen=True, eq=False)
 class _Factors:
-    """Q by group, `(groups, units, in)`, its left inverse, `(groups, in, units)`, and its bias."""
+    """Q by group, `(groups, units, in)`, its left inverse, `(groups, in, units)`, and its bias.
+
+    `offset` is what the bias, taken back, adds to the layer's input, `(groups, in)`.
+    """
 
     forth: Tensor
     back: Tensor
     bias: Tensor | None
+    offset: Tensor | None
     condition: float
 
 
@@ -130,7 +135,9 @@ def _factors(
         )
     q, r = torch.linalg.qr(forth)
     back = torch.linalg.solve_triangular(r, q.mT, upper=True)
-    return _Factors(forth, back, _bias(place, bias, groups, forth.shape[1]), condition)
+    added = _bias(place, bias, groups, forth.shape[1])
+    offset = None if bias is None else torch.einsum("gcq,gq->gc", back, added)
+    return _Factors(forth, back, added, offset, condition)
 
 
 def _orthogonal(place: Place, groups: int, width: int, seed: int) -> Tensor:
@@ -197,15 +204,16 @@ def _factored(place: Place, factors: _Factors, activation: Part) -> Insertion:
     """
     module, weight = place.module, weight_of(place)
     forth, groups = factors.forth, factors.forth.shape[0]
-    blocks = torch.einsum("gocs,gcq->goqs", _blocks(module, weight), factors.back)
+    old = _blocks(module, weight)
+    blocks = torch.einsum("gocs,gcq->goqs", old, factors.back)
     tensors = {"weight": _from_blocks(module, blocks, weight)}
     layer = _reader(place, groups * forth.shape[1], bias=factors.bias is not None)
     new = {"weight": forth.reshape(layer.weight.shape)}
     if factors.bias is not None:
         new["bias"] = factors.bias.reshape(-1)
-        if bool((factors.bias != 0).any()):
-            constant = torch.einsum("goqs,gq->go", blocks, factors.bias).reshape(-1)
-            tensors["bias"] = place.graph.state[f"{place.path}.bias"].detach().cpu() - constant
+    if factors.offset is not None:
+        constant = torch.einsum("gocs,gc->go", old, factors.offset).reshape(-1)
+        tensors["bias"] = place.graph.state[f"{place.path}.bias"].detach().cpu() - constant
     name = "in_features" if isinstance(module, nn.Linear) else "in_channels"
     precision = torch.finfo(weight.dtype)
     line = (
