@@ -1,4 +1,4 @@
-"""Time of a training step of the lowered model over that of the model it was traced from.
+"""Prints the time of a training step of a lowered model over that of the model it came from.
 
     OMP_NUM_THREADS=1 python benchmarks/step_time.py
 
@@ -6,7 +6,8 @@ One step is forward, backward and SGD. The two models step in turn, which of the
 every round, and the ratio is taken within a round, so that drift of the machine's speed divides
 out. Printed is the median over the rounds and the quartiles. A third model, a second copy of the
 original, is stepped and compared in the same way: its ratio shows what this machine can tell apart.
-About a minute on one core.
+Times are CPU seconds of the one thread, which other programs beside it disturb less. About 70
+seconds on one core.
 """
 
 from __future__ import annotations
@@ -47,16 +48,16 @@ def models() -> dict[str, tuple[nn.Module, Tensor]]:
 
 
 def stepper(model: nn.Module, x: Tensor) -> Callable[[], float]:
-    """Return a function that takes one training step and returns the seconds it took."""
+    """Return a function that takes one training step and returns the CPU seconds it took."""
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
     target = torch.arange(len(x)) % 10
 
     def step() -> float:
-        start = time.perf_counter()
+        start = time.process_time()
         optimizer.zero_grad()
         F.cross_entropy(model(x), target).backward()
         optimizer.step()
-        return time.perf_counter() - start
+        return time.process_time() - start
 
     return step
 
