@@ -22,6 +22,8 @@ from graphgrow.ir.layout import ONE, Composition, Misaligned, freeze, fresh, uni
 aten = torch.ops.aten
 KERNEL = "is a kernel size"
 SPATIAL = "is a size computed by the model"
+OVER = "is space that a convolution, pooling or resampling goes over"
+PIXELS = "is the side of a block of pixels"
 Dims = list[Composition]
 
 
@@ -127,7 +129,8 @@ def _aligned(c: Call, out: Tensor, tensors: list[Tensor]) -> Dims:
         for t in tensors:
             if t.dim() >= -d and t.shape[d] != out.shape[d]:
                 freeze(c.of(t)[d], layout.ONE_ONLY)
-        dims.append(_one(found) if found else _free(out.shape[d]))
+        new = ONE if out.shape[d] == 1 else fresh(out.shape[d])
+        dims.append(_one(found) if found else new)
     return dims
 
 
@@ -379,6 +382,8 @@ def pixel_shuffle(c: Call) -> Outcome:
     x, r = c.args
     *lead, channels, h, w = c.of(x)
     parts = layout.split(channels, [x.shape[-3] // (r * r), r, r])
+    for factor in parts[1:]:
+        freeze(factor, PIXELS)
     return Outcome([[*lead, parts[0], layout.join([h, parts[1]]), layout.join([w, parts[2]])]])
 
 
@@ -387,6 +392,8 @@ def pixel_unshuffle(c: Call) -> Outcome:
     x, r = c.args
     *lead, channels, h, w = c.of(x)
     (h, a), (w, b) = (layout.split(p, [p_size // r, r]) for p, p_size in _sized(h, w))
+    for factor in (a, b):
+        freeze(factor, PIXELS)
     return Outcome([[*lead, layout.join([channels, a, b]), h, w]])
 
 
@@ -404,6 +411,8 @@ def channel_shuffle(c: Call) -> Outcome:
 def im2col(c: Call) -> Outcome:
     """Lay out the patches of an image: channels times kernel, positions."""
     x, kernel, out = c.args[0], c.args[1], c.outs[0]
+    for parts in c.of(x)[2:]:
+        freeze(parts, OVER)
     patch = layout.join([c.of(x)[1], *(_kernel(k) for k in kernel)])
     return Outcome([[c.of(x)[0], patch, _free(out.shape[2])]])
 
@@ -420,6 +429,8 @@ def spatial(c: Call) -> Outcome:
     x = c.args[0]
     kept = x.dim() - _spatial_dims(c)
     lead = c.of(x)[:kept]
+    for parts in c.of(x)[kept:]:
+        freeze(parts, OVER)
     return Outcome([[*lead, *(_free(s) for s in out.shape[kept:])] for out in c.outs])
 
 
@@ -577,6 +588,8 @@ def convolution(c: Call) -> Outcome:
     out, over_x, over_w, batched = relate(c.of(x)[1], c.of(w), x.shape[1], w.shape, groups)
     for parts in c.of(w)[2:]:
         freeze(parts, KERNEL)
+    for parts in c.of(x)[2:]:
+        freeze(parts, OVER)
     if b is not None:
         unify(c.of(b)[0], out)
     dims = [c.of(x)[0], out, *(_free(s) for s in c.outs[0].shape[2:])]

@@ -377,18 +377,19 @@ class Follower:
             assert mean is not None and var is not None
             rate = w[new] / (var[new] + eps).sqrt()
             value = rate * (torch.from_numpy(content.scale)[:, None] - mean[new]) + b[new]
-        constant = content.constant()
+        held = _one_number(value)
+        constant = content.constant() & ~np.isnan(held)
         parts = [p for p in (weight, bias, mean, var) if p is not None]
         fits = [
             content.scale[k] == 1
             and all(torch.equal(p[content.like[k]], p[u]) for p in parts)
             for k, u in enumerate(self.new)
         ]
-        kept = np.array(fits, dtype=bool) & ~constant
+        kept = np.array(fits, dtype=bool) & ~content.constant()
         return Content(
             self.new,
             np.where(constant, CONSTANT, np.where(kept, content.like, self.new)),
-            np.where(constant, value[:, 0].double().numpy(), 1.0),
+            np.where(constant, held, 1.0),
             content.slope * rate[:, 0].double().numpy(),
         )
 
@@ -447,7 +448,7 @@ class Follower:
             bias = self._source(step, step.bias)
             carried = bias is not None and self._has(step.inputs[step.bias])
             added = self._entries(bias)[torch.from_numpy(self.new)] if carried else None
-            value = np.full(len(self.new), np.nan) if added is None else added[:, 0].numpy()
+            value = np.full(len(self.new), np.nan) if added is None else _one_number(added)
             zero = zero & ~np.isnan(value)
             return Content(
                 self.new,
@@ -500,13 +501,13 @@ class Follower:
         if bias is None:
             return self.arbitrary()
         like, scale = self.guess
-        zero = (rows[torch.from_numpy(self.new)] == 0).all(1).numpy()
+        value = _one_number(bias[torch.from_numpy(self.new)])
+        zero = (rows[torch.from_numpy(self.new)] == 0).all(1).numpy() & ~np.isnan(value)
         both = torch.cat([rows, bias], 1)
         fits = np.array([
             like[k] != u and _close(both[u], scale[k] * both[like[k]], self._tolerance(scale[k]))
             for k, u in enumerate(self.new)
         ], dtype=bool)
-        value = bias[torch.from_numpy(self.new)][:, 0].numpy()
         return Content(
             self.new,
             np.where(zero, CONSTANT, np.where(fits, like, self.new)),
@@ -555,6 +556,12 @@ def _scales(step: Step, carried: int, scale: float) -> bool:
     whole = carried == len(step.inputs) and (not linear or len(step.args) == carried)
     kept = step.row.odd and scale == -1 or step.row.homogeneous and scale > 0
     return whole and (linear or kept)
+
+
+def _one_number(entries: Tensor) -> np.ndarray:
+    """Return the number that all entries of each unit are, NaN where they differ."""
+    same = (entries == entries[:, :1]).all(1)
+    return torch.where(same, entries[:, 0].double(), torch.nan).numpy()
 
 
 def _close(a: Tensor, b: Tensor, eps: float) -> bool:

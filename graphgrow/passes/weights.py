@@ -319,7 +319,9 @@ class _Fill:
             if mean is not None:
                 arriving = follower.content(step.inputs[0])
                 held = np.where(arriving.constant(), arriving.scale, 0.0)
-                self._write(mean, self.resized.new, torch.from_numpy(held)[:, None])
+                entries = self._read(mean, self.resized.new)
+                centre = torch.from_numpy(held)[:, None].expand_as(entries)
+                self._write(mean, self.resized.new, centre)
 
 
 def _bias_position(step: Any) -> int | None:
