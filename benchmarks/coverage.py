@@ -1,4 +1,4 @@
-"""Every torchvision classification and segmentation model: its axes, which can grow, why others can't.
+"""Every torchvision classifier and segmenter: its axes, which can grow, why others can't.
 
     python benchmarks/coverage.py [NAME ...] [--widen {each,all,none}]
 
@@ -19,9 +19,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-import vision  # noqa: E402
+import vision
 
-import graphgrow as gg  # noqa: E402
+import graphgrow as gg
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ tensors over named axes, and the `Step`s that a proof follows.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,9 +17,9 @@ from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from graphgrow.errors import UnsupportedOp
 from graphgrow.ir import layout
 from graphgrow.ir.assemble import assemble
+from graphgrow.ir.attributes import is_known
 from graphgrow.ir.layout import ONE, Atom, Composition, Layout, Misaligned, freeze, fresh, settle
 from graphgrow.ir.rules import KERNEL, SPATIAL, Call, Dims, Kind, Outcome, Row, row_of
 
@@ -122,9 +122,21 @@ def analyse(graph: Any) -> Analysis:
         UnsupportedOp: where the graph does not run on its example inputs.
     """
     watch = _Watch(graph.state)
+    _freeze_unknown_leaves(watch, graph)
     for mode in ("train", "eval"):
         _run(watch, graph, mode)
     return _Settled(watch, graph).analysis()
+
+
+def _freeze_unknown_leaves(watch: _Watch, graph: Any) -> None:
+    """Freeze the tensors of leaves whose attributes could not be made to tell new sizes."""
+    for path in graph.leaves:
+        if not is_known(graph.modules[path]):
+            reason = f"is fixed by the attributes of {type(graph.modules[path]).__name__} '{path}'"
+            for name, tensor in watch.state.items():
+                if name.startswith(f"{path}."):
+                    for parts in watch.of(tensor):
+                        freeze(parts, reason)
 
 
 def _run(watch: _Watch, graph: Any, mode: str) -> None:
@@ -155,7 +167,7 @@ class _Interpreter(fx.Interpreter):
         self.watch = watch
 
     def run_node(self, n: fx.Node) -> Any:
-        self.watch.enter(n, self.submodules.get(n.target) if n.op == "call_module" else None)
+        self.watch.enter(n, self.submodules.get(str(n.target)) if n.op == "call_module" else None)
         if n.op == "placeholder":
             result = super().run_node(n)
             self.watch.input(n, result)
@@ -310,11 +322,22 @@ class _Watch(TorchDispatchMode):
         if row is None:
             return
         counter = iter(range(len(inputs)))
-        template = tree_map(
+        positional, named = tree_map(
             lambda t: Slot(next(counter)) if isinstance(t, Tensor) else t, (args, kwargs)
         )
-        step = Step(self.mode, self.node, self.where, func, *template, row, inputs, made,
-                    bias=outcome.bias, border=outcome.border)
+        step = Step(
+            self.mode,
+            self.node,
+            self.where,
+            func,
+            positional,
+            named,
+            row,
+            inputs,
+            made,
+            bias=outcome.bias,
+            border=outcome.border,
+        )
         self.steps.append((step, outcome))
         if row.kind is Kind.MOVE and len(inputs) == 1:
             self._follow_source(func, step)
@@ -343,9 +366,7 @@ def _no_relation(c: Call) -> Outcome:
     raise AssertionError("a rewritten view is related to nothing anew")
 
 
-def _moved(
-    source: Source, name: str, args: tuple[Any, ...], count: int
-) -> tuple[int, ...] | None:
+def _moved(source: Source, name: str, args: tuple[Any, ...], count: int) -> tuple[int, ...] | None:
     """Return the tensor's dim for each dim of a moved value, None where that is not known."""
     dims = source.dims
     if dims is None or len(dims) != count:
@@ -411,14 +432,16 @@ class _Settled:
             path: values[self.watch.number(tensor)] if tensor.dim() else ()
             for path, tensor in self.watch.state.items()
         }
+        steps = tuple(self._step(step, outcome) for step, outcome in self.watch.steps)
+        summed = frozenset(a for step in steps for over in step.contracted.values() for a in over)
         return Analysis(
-            axes={name: self._axis(atom, name) for atom, name in self.names.items()},
+            axes={name: self._axis(atom, name, summed) for atom, name in self.names.items()},
             state=state,
             tied=self.tied,
             nodes=self.watch.nodes,
             values=values,
             sources=self.watch.sources,
-            steps=tuple(self._step(step, outcome) for step, outcome in self.watch.steps),
+            steps=steps,
             unknown=self.watch.unknown,
         )
 
@@ -487,14 +510,21 @@ class _Settled:
         taken.add(name)
         return name
 
-    def _axis(self, atom: Atom, name: str) -> Axis:
+    def _axis(self, atom: Atom, name: str, summed: frozenset[str]) -> Axis:
         def of(role: str) -> tuple[ParameterDim, ...]:
             return tuple(k for k, r in self.roles[atom].items() if r == role)
 
-        obstacle = None
-        if atom.frozen:
-            obstacle = f"cannot widen axis '{name}' ({atom.size} units): it {atom.frozen}"
-        return Axis(name, atom.size, 1, of("producer"), of("consumer"), of("carrier"), obstacle)
+        producers, consumers, carriers = of("producer"), of("consumer"), of("carrier")
+        reason = atom.frozen
+        if reason is None and not self._learns(producers + carriers):
+            reason = "is written by no parameter"
+        if reason is None and name not in summed:
+            reason = "is summed over nowhere"
+        obstacle = reason and f"cannot widen axis '{name}' ({atom.size} units): it {reason}"
+        return Axis(name, atom.size, 1, producers, consumers, carriers, obstacle)
+
+    def _learns(self, written: tuple[ParameterDim, ...]) -> bool:
+        return any(isinstance(self.watch.state[at.path], nn.Parameter) for at in written)
 
     def _step(self, step: Step, outcome: Outcome) -> Step:
         contracted = {(c.slot, c.dim): self._named(c.over) for c in outcome.contracted}
@@ -521,5 +551,3 @@ def _role(step: Step, slot: int, contracted: bool, batched: bool) -> str:
     if contracted:
         return "consumer"
     return "carrier" if batched else "producer"
-
-

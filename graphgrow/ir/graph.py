@@ -58,7 +58,9 @@ class Graph:
         if len(free) == 1:
             return free[0]
         if not found:
-            raise NotApplicable(f"cannot find axis '{path}': no module or parameter there writes one")
+            raise NotApplicable(
+                f"cannot find axis '{path}': no module or parameter there writes one"
+            )
         names = ", ".join(f"'{a.name}' ({a.width} units)" for a in found)
         raise NotApplicable(f"cannot tell which axis of '{path}' is meant: it writes {names}")
 

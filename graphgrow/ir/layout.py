@@ -172,9 +172,7 @@ def _cut_term(term: Term, size: int) -> Composition:
         return tuple((p, *tail) for p in parts)
     middle = _cut_sum(list(expand((tail,))), inside)
     return tuple(
-        t
-        for t in ((parts[0], *tail), *middle, (parts[2], *tail))
-        if all(atom.size for atom in t)
+        t for t in ((parts[0], *tail), *middle, (parts[2], *tail)) if all(atom.size for atom in t)
     )
 
 
@@ -355,8 +353,6 @@ def cut(parts: Composition, sizes: Sequence[int]) -> list[Composition]:
     return pieces
 
 
-
-
 @dataclass(frozen=True)
 class Layout:
     """How a dim is composed: a sum of products of axis names, numbers and inner layouts."""
@@ -441,5 +437,3 @@ def settle(parts: Composition, name: Callable[[Atom], str | int]) -> Layout:
         return name(atom) if atom.bound is None else settle(atom.bound, name)
 
     return Layout(tuple(tuple(factor(a) for a in term) for term in expand(parts)))
-
-

@@ -496,8 +496,10 @@ def batch_norm(c: Call) -> Outcome:
     for t in c.args[1:5]:
         if isinstance(t, Tensor):
             unify(c.of(t)[0], c.of(x)[1])
-    rest = [[c.of(x)[1]] if o.dim() == 1 and o.shape[0] == x.shape[1] else _frozen(o)
-            for o in c.outs[1:]]
+    rest = [
+        [c.of(x)[1]] if o.dim() == 1 and o.shape[0] == x.shape[1] else _frozen(o)
+        for o in c.outs[1:]
+    ]
     return Outcome([list(c.of(x)), *rest])
 
 

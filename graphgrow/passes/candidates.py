@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 from graphgrow.ir.graph import Graph
 from graphgrow.passes.rewrite import Rewrite
@@ -10,6 +11,6 @@ from graphgrow.passes.rewrite import Rewrite
 
 def candidates(graph: Graph, kind: type[Rewrite], **arguments: Any) -> list[Rewrite]:
     """Return every rewrite of `kind` with these arguments that has no obstacle on `graph`."""
-    places = kind.places(graph)  # pyright: ignore[reportAttributeAccessIssue]
-    made = (kind(place, **arguments) for place in places)
+    at = cast(Callable[..., Rewrite], kind)
+    made = (at(place, **arguments) for place in kind.places(graph))
     return [rewrite for rewrite in made if rewrite.obstacle(graph) is None]

@@ -195,13 +195,16 @@ class Follower:
         return self._joined(contents)
 
     def _of_entries(self, entries: Tensor) -> Content:
-        """Return what parameter entries by unit are: one number, a multiple of a unit, their own."""
+        """Return what entries by unit are: one number, a multiple of a unit, or their own."""
         mine, like, scale = entries[torch.from_numpy(self.new)], *self.guess
         uniform = (mine == mine[:, :1]).all(1).numpy()
-        alike = np.array([
-            like[k] != self.new[k] and scale[k] == 1 and torch.equal(entries[like[k]], mine[k])
-            for k in range(len(self.new))
-        ], dtype=bool)
+        alike = np.array(
+            [
+                like[k] != self.new[k] and scale[k] == 1 and torch.equal(entries[like[k]], mine[k])
+                for k in range(len(self.new))
+            ],
+            dtype=bool,
+        )
         first = mine[:, 0].double().numpy() if mine.shape[1] else np.zeros(len(self.new))
         return Content(
             self.new,
@@ -219,8 +222,7 @@ class Follower:
             same &= (other.like == first.like) & (other.scale == first.scale)
             slope = np.where(slope == 0, other.slope, slope)
         return Content(
-            self.new,
-            np.where(same, first.like, self.new), np.where(same, first.scale, 1.0), slope
+            self.new, np.where(same, first.like, self.new), np.where(same, first.scale, 1.0), slope
         )
 
     def _carrying(self, step: Step) -> list[int]:
@@ -268,7 +270,9 @@ class Follower:
         lost |= ~joined.constant() & (joined.scale < 0) & (row.kind is not Kind.MOVE)
         return Content(
             self.new,
-            np.where(lost, self.new, joined.like), np.where(lost, 1.0, joined.scale), joined.slope
+            np.where(lost, self.new, joined.like),
+            np.where(lost, 1.0, joined.scale),
+            joined.slope,
         )
 
     def _sum(self, step: Step) -> Content | None:
@@ -295,9 +299,7 @@ class Follower:
             self.new, np.where(known, CONSTANT, like), np.where(known, value, scale), slope
         )
 
-    def _agreed(
-        self, step: Step, contents: Mapping[int, Content]
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def _agreed(self, step: Step, contents: Mapping[int, Content]) -> tuple[np.ndarray, np.ndarray]:
         """Return the unit that each new unit equals in every input, itself where there is none."""
         like, scale = self.new.copy(), np.ones(len(self.new))
         sources = {slot: self._source(step, slot) for slot in contents}
@@ -315,7 +317,9 @@ class Follower:
             if s == 1 or (product and len(computed) == 1):
                 fits = all(torch.equal(e[u], e[i]) for e in carried)
             else:
-                fits = _scales(step, len(contents), s) and all(_close(e[u], s * e[i], self._eps()) for e in carried)
+                fits = _scales(step, len(contents), s) and all(
+                    _close(e[u], s * e[i], self._eps()) for e in carried
+                )
             if fits:
                 like[k], scale[k] = i, s
         return like, scale
@@ -344,8 +348,11 @@ class Follower:
             return value, slope
         with torch.enable_grad():
             result = step.func(*args, **kwargs)
-            grads = torch.autograd.grad(result.sum(), leaves, allow_unused=True) if (
-                leaves and result.requires_grad) else ()
+            grads = (
+                torch.autograd.grad(result.sum(), leaves, allow_unused=True)
+                if (leaves and result.requires_grad)
+                else ()
+            )
         value[constant] = result.detach().numpy()
         moved = np.zeros(int(constant.sum()))
         slots = [s for s in contents if self._source(step, s) is None]
@@ -366,7 +373,7 @@ class Follower:
         content = self.content(step.inputs[0])
         weight, bias, mean, var = (self._norm_part(step, i) for i in range(1, 5))
         eps = next(a for a in reversed(step.args) if isinstance(a, float))
-        batch = step.mode == "train" and _uses_batch(step) or mean is None
+        batch = (step.mode == "train" and _uses_batch(step)) or mean is None
         count = len(self.resized.units)
         w = torch.ones(count, 1) if weight is None else weight
         b = torch.zeros(count, 1) if bias is None else bias
@@ -381,8 +388,7 @@ class Follower:
         constant = content.constant() & ~np.isnan(held)
         parts = [p for p in (weight, bias, mean, var) if p is not None]
         fits = [
-            content.scale[k] == 1
-            and all(torch.equal(p[content.like[k]], p[u]) for p in parts)
+            content.scale[k] == 1 and all(torch.equal(p[content.like[k]], p[u]) for p in parts)
             for k, u in enumerate(self.new)
         ]
         kept = np.array(fits, dtype=bool) & ~content.constant()
@@ -428,7 +434,7 @@ class Follower:
         self.arrivals.append(Arrival(step, other, at))
 
     def _tensor_dim(self, source: Source, dim: int) -> ParameterDim | None:
-        """Return the tensor's dim that a contracted dim of a value is, None if it is not certain."""
+        """Return the tensor's dim that a contracted dim of a value is, None if uncertain."""
         if source.dims is not None:
             return ParameterDim(source.path, source.dims[dim])
         dims = self.resized.dims(source.path)
@@ -437,7 +443,9 @@ class Follower:
     def _written(self, step: Step, meeting: list[tuple[int, int]]) -> Content:
         """Return what a contraction writes to the new units that it keeps."""
         contracted = {slot: dim for slot, dim in meeting}
-        kept = [s for s in self._carrying(step) if s != step.bias and self._keeps(step, s, contracted)]
+        kept = [
+            s for s in self._carrying(step) if s != step.bias and self._keeps(step, s, contracted)
+        ]
         weights = [s for s in kept if self._source(step, s) is not None]
         if len(kept) == 1 and weights:
             return self._rows(step, weights[0], contracted.get(weights[0]))
@@ -446,17 +454,21 @@ class Follower:
         like, scale = self._agreed_factors(step, kept, weights)
         if step.bias is not None:
             bias = self._source(step, step.bias)
-            carried = bias is not None and self._has(step.inputs[step.bias])
-            added = self._entries(bias)[torch.from_numpy(self.new)] if carried else None
-            value = np.full(len(self.new), np.nan) if added is None else _one_number(added)
+            value = np.full(len(self.new), np.nan)
+            if bias is not None and self._has(step.inputs[step.bias]):
+                value = _one_number(self._entries(bias)[torch.from_numpy(self.new)])
             zero = zero & ~np.isnan(value)
             return Content(
                 self.new,
-                np.where(zero, CONSTANT, like), np.where(zero, value, scale), np.ones(len(self.new))
+                np.where(zero, CONSTANT, like),
+                np.where(zero, value, scale),
+                np.ones(len(self.new)),
             )
         return Content(
             self.new,
-            np.where(zero, CONSTANT, like), np.where(zero, 0.0, scale), np.ones(len(self.new))
+            np.where(zero, CONSTANT, like),
+            np.where(zero, 0.0, scale),
+            np.ones(len(self.new)),
         )
 
     def _keeps(self, step: Step, slot: int, contracted: Mapping[int, int]) -> bool:
@@ -486,7 +498,7 @@ class Follower:
         return like, scale
 
     def _rows(self, step: Step, slot: int, contracted: int | None) -> Content:
-        """Return what the rows of a weight write: their own, a multiple of a unit, the bias alone."""
+        """Return what a weight's rows write: their own, a multiple of a unit, or the bias alone."""
         source = self._source(step, slot)
         assert source is not None
         dims = [
@@ -504,10 +516,14 @@ class Follower:
         value = _one_number(bias[torch.from_numpy(self.new)])
         zero = (rows[torch.from_numpy(self.new)] == 0).all(1).numpy() & ~np.isnan(value)
         both = torch.cat([rows, bias], 1)
-        fits = np.array([
-            like[k] != u and _close(both[u], scale[k] * both[like[k]], self._tolerance(scale[k]))
-            for k, u in enumerate(self.new)
-        ], dtype=bool)
+        fits = np.array(
+            [
+                like[k] != u
+                and _close(both[u], scale[k] * both[like[k]], self._tolerance(scale[k]))
+                for k, u in enumerate(self.new)
+            ],
+            dtype=bool,
+        )
         return Content(
             self.new,
             np.where(zero, CONSTANT, np.where(fits, like, self.new)),
@@ -554,7 +570,7 @@ def _scales(step: Step, carried: int, scale: float) -> bool:
     """Return whether an operator multiplies its output by what multiplies all its inputs."""
     linear = step.func.overloadpacket in _LINEAR
     whole = carried == len(step.inputs) and (not linear or len(step.args) == carried)
-    kept = step.row.odd and scale == -1 or step.row.homogeneous and scale > 0
+    kept = (step.row.odd and scale == -1) or (step.row.homogeneous and scale > 0)
     return whole and (linear or kept)
 
 
@@ -586,5 +602,3 @@ def _fill_value(step: Step) -> float | None:
         value = step.args[2] if name == "new_full" else step.args[1]
         return float(value) if isinstance(value, int | float) else None
     return None
-
-

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -13,7 +13,6 @@ from graphgrow.errors import NotApplicable
 from graphgrow.ir.analyse import Analysis, Slot
 from graphgrow.ir.attributes import Sizes
 from graphgrow.ir.layout import Layout
-
 
 Numbers = dict[tuple[str, str], Any]
 
@@ -30,12 +29,12 @@ def resize(
         NotApplicable: where a size cannot be stated anew.
     """
     edits = _Edits(analysis, mode, widths)
+    found = dict(_changed(edits, structure))
     numbers = {
         (mode, node.name): edits.number(node)
         for node in structure.nodes
         if type(edits.number_before(node)) in (int, float)
     }
-    found = {node: new for node in structure.nodes if (new := edits.of(node)) is not None}
     if not found:
         return structure, numbers
     made, copies = fx.Graph(), {}
@@ -46,6 +45,17 @@ def resize(
         copy.args, copy.kwargs = (fx.map_arg(a, copies.__getitem__) for a in (args, kwargs))
         copy.meta["edited"] = f"{_called(node)}{_said(node.args)} becomes {_said(copy.args)}"
     return made, numbers
+
+
+def _changed(edits: _Edits, structure: fx.Graph) -> Iterator[tuple[fx.Node, Call]]:
+    for node in structure.nodes:
+        try:
+            new = edits.of(node)
+        except NotApplicable as error:
+            where = node.meta.get("module") or "the model"
+            raise NotApplicable(f"cannot resize {_called(node)} in '{where}': {error}") from None
+        if new is not None:
+            yield node, new
 
 
 def _called(node: fx.Node) -> str:
@@ -79,7 +89,9 @@ class _Edits:
 
     def dims(self, node: Any, part: int | None = None) -> Sequence[Layout] | None:
         """Return the layouts of a node's tensor, None where it is not one tensor."""
-        value = self.analysis.nodes.get((self.mode, node.name)) if isinstance(node, fx.Node) else None
+        value = (
+            self.analysis.nodes.get((self.mode, node.name)) if isinstance(node, fx.Node) else None
+        )
         if part is not None and isinstance(value, tuple | list):
             value = value[part]
         return self.analysis.values[value.number] if isinstance(value, Slot) else None
@@ -107,7 +119,7 @@ class _Edits:
         if node.op == "call_function" and getattr(node.target, "__module__", "") in _ARITHMETIC:
             args = [self.number(a) for a in node.args]
             if isinstance(value, int | float) and all(isinstance(a, int | float) for a in args):
-                return node.target(*args)
+                return cast(Callable[..., Any], node.target)(*args)
         return value
 
     def stated(self, arg: Any, layout: Layout) -> Any:
@@ -137,18 +149,24 @@ def _has_free_sizes(layout: Layout) -> bool:
     )
 
 
+def _arguments(node: fx.Node) -> list[Any]:
+    return list(node.args)
+
+
 def _sizes(first: int) -> Callable[[_Edits, fx.Node], Call | None]:
     """Return the rule of a call whose sizes, spread or in one list, begin at argument `first`."""
 
     def rule(edits: _Edits, node: fx.Node) -> Call | None:
-        dims, args = edits.dims(node), list(node.args)
+        dims, args = edits.dims(node), _arguments(node)
         listed = len(args) > first and isinstance(args[first], list | tuple)
         stated = list(args[first]) if listed else args[first:]
         if dims is None or len(stated) != len(dims):
             return None
-        new = [edits.stated(a, d) if isinstance(a, int | fx.Node) else a
-               for a, d in zip(stated, dims, strict=True)]
-        tail = [type(args[first])(new), *args[first + 1 :]] if listed else new
+        new = [
+            edits.stated(a, d) if isinstance(a, int | fx.Node) else a
+            for a, d in zip(stated, dims, strict=True)
+        ]
+        tail = [tuple(new), *args[first + 1 :]] if listed else new
         return node.target, (*args[:first], *tail), dict(node.kwargs)
 
     return rule
@@ -158,17 +176,17 @@ def _unflatten(edits: _Edits, node: fx.Node) -> Call | None:
     dims = edits.dims(node)
     if dims is None or len(node.args) != 3:
         return None
-    x, dim, sizes = node.args
+    x, dim, sizes = _arguments(node)
     before = edits.dims(x)
     at = dim % len(before) if before is not None and isinstance(dim, int) else 0
     stated = [edits.stated(a, d) for a, d in zip(sizes, dims[at : at + len(sizes)], strict=True)]
-    return node.target, (x, dim, type(sizes)(stated)), dict(node.kwargs)
+    return node.target, (x, dim, tuple(stated)), dict(node.kwargs)
 
 
 def _split(edits: _Edits, node: fx.Node) -> Call | None:
     """Split by the pieces' own sizes where one size, or a count, would give others."""
-    x, sizes = node.args[:2]
-    at = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)
+    x, sizes, *rest = _arguments(node)
+    at = rest[0] if rest else node.kwargs.get("dim", 0)
     pieces = _pieces(edits, node, at)
     if pieces is None or not any(edits.moves(p) for p in pieces):
         return None
@@ -198,12 +216,13 @@ def _pieces(edits: _Edits, node: fx.Node, at: Any) -> list[Layout] | None:
 
 
 def _getitem(edits: _Edits, node: fx.Node) -> Call | None:
-    x, index = node.args
+    x, index = _arguments(node)
     before = edits.dims(x)
     items = index if isinstance(index, tuple) else (index,)
     if before is None or not any(isinstance(i, slice) for i in items):
         return None
-    after, d = [], 0
+    after: list[Any] = []
+    d = 0
     for i, item in enumerate(items):
         if item is Ellipsis:
             d = len(before) - sum(o is not None for o in items[i + 1 :])
@@ -219,7 +238,7 @@ def _getitem(edits: _Edits, node: fx.Node) -> Call | None:
 def _bounds(edits: _Edits, item: slice, layout: Layout) -> slice:
     if item.step not in (None, 1):
         raise NotApplicable("a slice with a step has no new bounds")
-    return slice(*(_bound(edits, b, layout) for b in (item.start, item.stop)), item.step)
+    return slice(_bound(edits, item.start, layout), _bound(edits, item.stop, layout), item.step)
 
 
 def _bound(edits: _Edits, bound: Any, layout: Layout) -> Any:
@@ -247,7 +266,8 @@ def _bound(edits: _Edits, bound: Any, layout: Layout) -> Any:
 
 
 def _narrow(edits: _Edits, node: fx.Node) -> Call | None:
-    x, dim, start, length = (*node.args, *node.kwargs.values())[:4]
+    given: list[Any] = [*_arguments(node), *node.kwargs.values()]
+    x, dim, start, length = given
     before, out = edits.dims(x), edits.dims(node)
     if before is None or out is None or not edits.moves(before[dim]):
         return None
@@ -259,20 +279,18 @@ def _grouped(position: int, name: str) -> Callable[[_Edits, fx.Node], Call | Non
     """Return the rule of a call on channels that states a number of groups."""
 
     def rule(edits: _Edits, node: fx.Node) -> Call | None:
-        dims = edits.dims(node.args[0])
-        by_name = name in node.kwargs
-        groups = node.kwargs.get(name) if by_name else (
-            node.args[position] if len(node.args) > position else None)
+        dims, args, named = edits.dims(node.args[0]), _arguments(node), dict(node.kwargs)
+        at: Any = position if len(args) > position else name
+        holder: Any = args if at == position else named
+        groups = holder[at] if at == position or name in named else None
         old = edits.number_before(groups)
         if dims is None or not isinstance(old, int) or old == 1:
             return None
         new = Sizes({}, dims, edits.before, edits.after).lead(dims[1], old)
         if new == edits.number(groups):
             return None
-        if by_name:
-            return node.target, tuple(node.args), {**node.kwargs, name: new}
-        args = (*node.args[:position], new, *node.args[position + 1 :])
-        return node.target, args, dict(node.kwargs)
+        holder[at] = new
+        return node.target, tuple(args), named
 
     return rule
 

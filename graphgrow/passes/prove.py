@@ -79,7 +79,10 @@ def judge(follower: Follower, narrow: Mapping[str, Tensor]) -> Verdict:
 
 
 def _disagreeing(step: Step, path: str) -> str:
-    return f"the constant that new units add at {step.where} is not the same each time '{path}' is used"
+    return (
+        f"the constant that new units add at {step.where} is not the same each time "
+        f"'{path}' is used"
+    )
 
 
 def _unfolded(follower: Follower, folds: Mapping[str, Tensor]) -> str | None:
@@ -89,8 +92,9 @@ def _unfolded(follower: Follower, folds: Mapping[str, Tensor]) -> str | None:
     for step in analysis.steps:
         for number in step.inputs:
             source = analysis.sources.get(number)
-            folded = source is not None and bool((folds.get(source.path, torch.zeros(1)) != 0).any())
-            if folded and id(step) not in arrived and step.row.kind.name != "MOVE":
+            if source is None or step.row.kind.name == "MOVE" or id(step) in arrived:
+                continue
+            if source.path in folds and bool((folds[source.path] != 0).any()):
                 return f"the bias '{source.path}' is also used by {step.where}"
     return None
 
@@ -159,7 +163,7 @@ def _folded(
 
 
 def per_output(resized: Resized, at: ParameterDim, bias: str, entries: Tensor) -> Tensor:
-    """Return a constant by entry of a bias: entries of a weight summed over all dims but that one."""
+    """Return a constant by entry of a bias: a weight summed over all dims but that one."""
     analysis = resized.analysis
     widths = resized.widths()
     layouts = analysis.state[at.path]

@@ -35,7 +35,7 @@ class Absorb:
 
     @staticmethod
     def fit(graph: Graph, axis: str, units: tuple[int, ...], *inputs: Any) -> Absorb:
-        """Return the coefficients that fit the removed units on these model inputs, in eval mode."""
+        """Return the coefficients that fit the removed units on these inputs, in eval mode."""
         change = _removal(graph.analysis, graph.axis(axis), units)
         follower = Follower(change, graph.state).run()
         found: dict[str, tuple[tuple[float, ...], ...]] = {}
@@ -88,7 +88,9 @@ class Remove:
                 f"cannot remove {len(units)} of the {axis.width} units of axis '{axis.name}' "
                 f"exactly: {narrowed.reason}; give absorb= for least squares"
             )
-        chosen = replace(self, axis=axis.name, units=units, absorb=absorb if narrowed.fitted else None)
+        chosen = replace(
+            self, axis=axis.name, units=units, absorb=absorb if narrowed.fitted else None
+        )
         grown = resize(graph, narrowed.kept, narrowed.tensors, chosen)
         origin = {path: narrowed.kept.origin(path) for path in change.paths()}
         said = str(replace(chosen, absorb=None))
@@ -113,7 +115,7 @@ class Remove:
 
 
 def _removal(analysis: Analysis, axis: Axis, units: tuple[int, ...]) -> Resized:
-    """Return the axis as an edit read backwards: the removed units are the ones that would be new."""
+    """Return the edit read backwards: the removed units are the ones that would be new."""
     position = np.full(axis.width, -1)
     kept = np.setdiff1d(np.arange(axis.width), units)
     position[kept] = np.arange(len(kept))
@@ -160,7 +162,9 @@ class _Narrowed:
         at = arrival.weight
         assert at is not None
         if at.path not in coefficients:
-            raise NotApplicable(f"cannot absorb removed units in '{at.path}': no coefficients given")
+            raise NotApplicable(
+                f"cannot absorb removed units in '{at.path}': no coefficients given"
+            )
         columns = follower.slices(at)
         rows = torch.tensor(coefficients[at.path], dtype=columns.dtype)
         old, new = torch.from_numpy(follower.old), torch.from_numpy(follower.new)

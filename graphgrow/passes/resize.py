@@ -70,9 +70,7 @@ def _with(module: nn.Module, attributes: dict[str, Any]) -> nn.Module:
     return made
 
 
-def _sizes(
-    graph: Graph, path: str, inputs: tuple[Layout, ...], widths: Mapping[str, int]
-) -> Sizes:
+def _sizes(graph: Graph, path: str, inputs: tuple[Layout, ...], widths: Mapping[str, int]) -> Sizes:
     module, analysis = graph.modules[path], graph.analysis
     names = [*module._parameters, *module._buffers]
     found = {n: analysis.state[f"{path}.{n}"] for n in names if f"{path}.{n}" in analysis.state}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -38,6 +38,11 @@ class Edit:
 
 class Rewrite(Protocol):
     """One edit of a graph: a frozen dataclass, hashable, JSON both ways."""
+
+    @staticmethod
+    def places(graph: Graph) -> Sequence[Any]:
+        """Return what may be tried as the first argument on `graph`."""
+        ...
 
     def obstacle(self, graph: Graph) -> str | None:
         """Return the sentence that says why this cannot be applied, None where it can."""

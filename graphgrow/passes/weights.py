@@ -289,14 +289,16 @@ class _Fill:
             self._center_norms()
 
     def _parts(self, kinds: set[Kind]) -> list[tuple[Any, list[ParameterDim | None]]]:
-        """Return the steps of some kinds on this axis with the parameter of each tensor argument."""
+        """Return this axis' steps of some kinds with the parameter of each tensor argument."""
         analysis, found = self.resized.analysis, []
         for step in analysis.steps:
             if step.row.kind not in kinds:
                 continue
             parts: list[ParameterDim | None] = []
             for arg in step.args:
-                source = analysis.sources.get(step.inputs[arg.number]) if isinstance(arg, Slot) else None
+                source = (
+                    analysis.sources.get(step.inputs[arg.number]) if isinstance(arg, Slot) else None
+                )
                 dims = self.resized.dims(source.path) if source is not None else []
                 parts.append(ParameterDim(source.path, dims[0]) if source and dims else None)
             if any(parts):

@@ -88,8 +88,10 @@ class Widen:
         verdict: Verdict,
         scheme: Scheme,
     ) -> Edit:
-        folded = {path: _minus(tensors.get(path, graph.state[path]), c)
-                  for path, c in verdict.folds.items()}
+        folded = {
+            path: _minus(tensors.get(path, graph.state[path]), c)
+            for path, c in verdict.folds.items()
+        }
         origin = {
             path: _with_scale(change.origin(path), graph.state[path], tensors[path])
             for path in tensors
