@@ -1,0 +1,34 @@
+"""Every example runs through, to the assertion it ends with."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import vision
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+# The demo in full takes most of a minute: here it grows one network, a tenth as long.
+SHORT = {"digits.py": ["--steps", "100", "--seeds", "1"]}
+SCRIPTS = sorted(p.name for p in EXAMPLES.glob("*.py") if "assert " in p.read_text())
+
+
+def test_every_script_is_an_example_or_a_part_of_one() -> None:
+    parts = {p.name for p in EXAMPLES.glob("*.py")} - set(SCRIPTS)
+    assert parts == {"digits_model.py", "digits_report.py"}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_an_example_runs_to_its_assertion(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with vision.silenced():
+        vision.torchvision()
+    monkeypatch.setattr(sys, "argv", [name, *SHORT.get(name, [])])
+    monkeypatch.syspath_prepend(EXAMPLES)
+    with torch.random.fork_rng():
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    assert "skipped" not in capsys.readouterr().out
