@@ -1,0 +1,441 @@
+"""What holds for every rewrite of every network: one test for each property."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from strategies import Drawn, axes, networks, requests, rewrites, widenings
+from torch import Tensor, nn
+
+import graphgrow as gg
+from graphgrow.passes.journal import rewrite_from_json, rewrites_to_json
+from graphgrow.passes.rewrite import Edit, TensorOrigin
+from graphgrow.passes.units import gather, is_new
+
+EXACT = 1e-10
+few = settings(max_examples=max(25, settings().max_examples // 2))
+
+# A gradient that is zero but for rounding, as before a batch norm, is divided by its own size: eps
+# is large enough that the step of such an entry is rounding as well.
+OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "SGD": lambda p: torch.optim.SGD(p, 0.01, momentum=0.9, weight_decay=0.01),
+    "Adam": lambda p: torch.optim.Adam(p, 1e-3, eps=1e-3),
+    "AdamW": lambda p: torch.optim.AdamW(p, 1e-3, eps=1e-3, weight_decay=0.1),
+    "RMSprop": lambda p: torch.optim.RMSprop(p, 1e-3, eps=1e-3),
+}
+
+
+@dataclass(frozen=True)
+class Growth:
+    """A network, its graph, and a rewrite applicable to it."""
+
+    net: Drawn
+    graph: gg.Graph
+    rewrite: Any
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(f"{self.net}\n{self.graph}\n{self.rewrite}")
+
+
+@st.composite
+def growths(draw: st.DrawFn, **taste: bool) -> Growth:
+    """Return networks with their graphs and applicable rewrites."""
+    net = draw(networks(**taste))
+    graph = net.trace()
+    return Growth(net, graph, draw(rewrites(graph)))
+
+
+@st.composite
+def widened(draw: st.DrawFn, scheme: Any, **taste: bool) -> Growth:
+    """Return networks with their graphs and applicable widenings by one scheme."""
+    net = draw(networks(**taste))
+    graph = net.trace()
+    free = [name for name, axis in graph.axes.items() if axis.obstacle is None]
+    assume(free)
+    rewrite = draw(widenings(graph, scheme, draw(st.sampled_from(free))))
+    assume(rewrite.obstacle(graph) is None)
+    return Growth(net, graph, rewrite)
+
+
+def entries(grown: gg.Grown, path: str, old: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
+    """Return old values and the new ones that come from them, at the places they have now."""
+    origin = grown.origin.get(path, TensorOrigin((None,) * old.dim()))
+    kept = ~is_new(origin, new.shape)
+    return gather(old, origin)[kept], new.detach()[kept]
+
+
+def gradients(graph: gg.Graph, x: Tensor, training: bool) -> dict[str, Tensor]:
+    """Return the gradients of a fixed function of the outputs, by path."""
+    model = copy.deepcopy(gg.lower(graph)).train(training)
+    out = model(x)
+    (out * torch.linspace(-1, 1, out.numel(), dtype=out.dtype).reshape(out.shape)).sum().backward()
+    return {
+        p: t.grad if t.grad is not None else torch.zeros_like(t)
+        for p, t in model.named_parameters(remove_duplicate=False)
+    }
+
+
+def closeness(pairs: Iterator[tuple[Tensor, Tensor]]) -> float:
+    """Return the largest difference in pairs of tensors relative to the largest first one."""
+    listed = [(a, b) for a, b in pairs if a.numel() and a.is_floating_point()]
+    size = max((float(a.abs().max()) for a, _ in listed), default=0.0)
+    gap = max((float((a - b).abs().max()) for a, b in listed), default=0.0)
+    return gap / size if gap else 0.0
+
+
+# ------------------------------------------------------------------------------ the function
+
+
+def check_function(net: Drawn, before: Any, after: Any) -> None:
+    for batch, seed in ((3, 0), (5, 1)):
+        found = gg.compare(before, after, net.inputs(batch, seed))
+        assert found.relative <= EXACT, f"{found}"
+
+
+@given(growths())
+def test_a_rewrite_preserves_the_function(growth: Growth) -> None:
+    net, graph, rewrite = growth.net, growth.graph, growth.rewrite
+    check_function(net, net.model, gg.apply(graph, rewrite).graph)
+
+
+def check_gradients(net: Drawn, grown: gg.Grown) -> None:
+    for training in (True, False):
+        x = net.inputs(5, 1)
+        old, new = (gradients(g, x, training) for g in (grown.before, grown.graph))
+        assert closeness(entries(grown, p, old[p], new[p]) for p in old) <= EXACT
+
+
+@given(widened(gg.ZeroOutgoing(), random=False))
+def test_gradients_of_old_parameters_do_not_change_under_zero_outgoing(growth: Growth) -> None:
+    net, graph, rewrite = growth.net, growth.graph, growth.rewrite
+    check_gradients(net, gg.apply(graph, rewrite))
+
+
+# ------------------------------------------------------------------------------ liveness
+
+
+def touched(graph: gg.Graph, net: Drawn, steps: int) -> dict[str, Tensor]:
+    """Return how large the gradient of each entry got within some steps of SGD, by path."""
+    model = copy.deepcopy(gg.lower(graph)).train()
+    found: dict[str, Tensor] = {}
+    for step in range(steps):
+        model.zero_grad()
+        out = model(net.inputs(6, 7 + step))
+        weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).reshape(out.shape)
+        (out * weights + 0.1 * out.square()).sum().backward()
+        for path, parameter in model.named_parameters(remove_duplicate=False):
+            if parameter.grad is not None:
+                found[path] = found.get(path, 0) + parameter.grad.abs()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter -= 1e-2 * (0 if parameter.grad is None else parameter.grad)
+    return found
+
+
+def check_liveness(net: Drawn, grown: gg.Grown) -> None:
+    """Assert that a new unit gets gradients at every place where some old unit does."""
+    before, after = touched(grown.before, net, 1), touched(grown.graph, net, 2)
+    size = max(float(g.max()) for g in before.values())
+    for path, origin in grown.origin.items():
+        for dim, index in enumerate(origin.dims):
+            if index is None or path not in before:
+                continue
+            live = (before[path] > 1e-6 * size).any(dim)
+            rest = replace(origin, dims=tuple(i for d, i in enumerate(origin.dims) if d != dim))
+            wanted = gather(live.int(), rest).bool()
+            for unit in (index < 0).nonzero().flatten().tolist():
+                assert (after[path].select(dim, unit)[wanted] != 0).all(), f"{path} unit {unit}"
+
+
+@given(st.data(), growths(smooth=True, random=False, awkward=False))
+def test_new_units_get_gradients_where_old_ones_do_within_two_steps(
+    data: Any, growth: Growth
+) -> None:
+    net, graph, rewrite = growth.net, growth.graph, growth.rewrite
+    assume(isinstance(rewrite, gg.Widen))
+    check_liveness(net, gg.apply(graph, rewrite))
+
+
+# ------------------------------------------------------------------------------ training goes on
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor) -> None:
+    optimizer.zero_grad()
+    model.train()(x).square().sum().backward()
+    optimizer.step()
+
+
+def stepped(net: Drawn, rewrite: Any, make: Any, grow: bool) -> tuple[gg.Grown | None, gg.Graph]:
+    """Return the graph after three steps of training, grown before the third or not."""
+    model, grown = copy.deepcopy(net.model), None
+    optimizer = make(model.parameters())
+    for seed in (1, 2):
+        train(model, optimizer, net.inputs(4, seed))
+    graph = gg.trace(model, net.inputs())
+    if grow:
+        grown = gg.apply(graph, rewrite)
+        graph, model = grown.graph, gg.lower(grown.graph)
+        gg.migrate(optimizer, grown)
+    train(model, optimizer, net.inputs(4, 3))
+    return grown, graph
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@few
+@given(widened(gg.ZeroOutgoing(), random=False))
+def test_the_next_step_moves_old_entries_as_it_would_have(name: str, growth: Growth) -> None:
+    net, rewrite = growth.net, growth.rewrite
+    _, alone = stepped(net, rewrite, OPTIMIZERS[name], grow=False)
+    grown, graph = stepped(net, rewrite, OPTIMIZERS[name], grow=True)
+    assert grown is not None
+    pairs = (entries(grown, p, t.detach(), graph.state[p]) for p, t in alone.state.items())
+    assert closeness(pairs) <= EXACT
+
+
+# ------------------------------------------------------------------------------ algebra of rewrites
+
+
+def check_undone(graph: gg.Graph, rewrite: gg.Widen) -> None:
+    grown = gg.apply(graph, rewrite)
+    axis, width = graph.axis(rewrite.axis).name, graph.axis(rewrite.axis).width
+    first = width if rewrite.at is None else rewrite.at
+    added = grown.graph.axes[axis].width - width
+    back = gg.apply(grown.graph, gg.Remove(axis, tuple(range(first, first + added)))).graph
+    assert str(back) == str(graph)
+    for path, tensor in graph.state.items():
+        if not torch.equal(back.state[path], tensor):
+            # a constant folded out of a bias and back is added twice, each time rounded once
+            assert "folded" in str(grown.proof) and path not in grown.origin
+            size = tensor.abs() + (grown.graph.state[path] - tensor).abs()
+            assert (
+                (back.state[path] - tensor).abs() <= 2 * torch.finfo(tensor.dtype).eps * size
+            ).all()
+
+
+@given(st.data())
+def test_removing_what_was_added_returns_the_old_tensors(data: st.DataObject) -> None:
+    growth = data.draw(growths())
+    assume(isinstance(growth.rewrite, gg.Widen))
+    check_undone(growth.graph, growth.rewrite)
+
+
+def check_commuting(net: Drawn, graph: gg.Graph, a: gg.Widen, b: gg.Widen) -> None:
+    """Assert that two orders agree: wholly where no tensor has both axes, else in the old."""
+    one, two = gg.apply(graph, a, b), gg.apply(graph, b, a)
+    check_function(net, one.graph, two.graph)
+    assert str(one.graph) == str(two.graph)
+    names = {graph.axis(a.axis).name, graph.axis(b.axis).name}
+    apart = not any(
+        names <= {n for layout in dims for n in layout.axes()}
+        for dims in graph.analysis.state.values()
+    )
+    for path, tensor in one.graph.state.items():
+        if path in one.origin:
+            first, second = one.origin[path].dims, two.origin[path].dims
+            assert all(x is y or torch.equal(x, y) for x, y in zip(first, second, strict=True))
+        assert not apart or torch.equal(tensor, two.graph.state[path])
+
+
+@given(st.data())
+def test_rewrites_of_different_axes_commute(data: st.DataObject) -> None:
+    net = data.draw(networks())
+    graph = net.trace()
+    free = [name for name, axis in graph.axes.items() if axis.obstacle is None]
+    assume(len(free) > 1)
+    first, second = data.draw(st.permutations(free))[:2]
+    a, b = (data.draw(widenings(graph, axis=name)) for name in (first, second))
+    assume(a.obstacle(graph) is None and b.obstacle(graph) is None)
+    check_commuting(net, graph, a, b)
+
+
+@given(st.data())
+def test_the_obstacle_is_none_exactly_where_apply_succeeds(data: st.DataObject) -> None:
+    graph = data.draw(networks()).trace()
+    request = data.draw(requests(graph))
+    try:
+        gg.apply(graph, request)
+        said = None
+    except gg.NotApplicable as error:
+        said = str(error)
+    assert request.obstacle(graph) == said
+
+
+@few
+@given(networks())
+def test_an_axis_with_an_obstacle_is_refused_in_its_words(net: Drawn) -> None:
+    graph = net.trace()
+    for name, axis in graph.axes.items():
+        if axis.obstacle is not None:
+            assert gg.Widen(name, 1).obstacle(graph) == axis.obstacle
+
+
+# ------------------------------------------------------------------------------ what stays
+
+
+@few
+@given(growths())
+def test_the_keys_of_the_state_dict_survive(growth: Growth) -> None:
+    net, graph, rewrite = growth.net, growth.graph, growth.rewrite
+    lowered = gg.lower(gg.apply(graph, rewrite).graph)
+    assert list(lowered.state_dict()) == list(net.model.state_dict())
+
+
+def snapshot(graph: gg.Graph, model: nn.Module) -> tuple[Any, ...]:
+    """Return all that a failure may not change: text, identity of tensors, and their values."""
+    tensors = {**graph.state, **model.state_dict(keep_vars=True)}
+    return (
+        str(graph),
+        str(model),
+        graph.journal,
+        [(p, id(t), t.tolist(), t.grad) for p, t in tensors.items()],
+    )
+
+
+class Wrong(gg.Widen):
+    """Claims to be exact and is not."""
+
+    def edit(self, graph: gg.Graph) -> Edit:
+        edit = super().edit(graph)
+        path = next(p for p in reversed(edit.graph.state) if p.endswith("bias"))
+        moved = {**edit.graph.state, path: nn.Parameter(edit.graph.state[path] + 1)}
+        return replace(edit, graph=replace(edit.graph, state=moved))
+
+
+@few
+@given(growths(), st.data())
+def test_a_failure_changes_nothing(growth: Growth, data: Any) -> None:
+    net, graph, rewrite = growth.net, growth.graph, growth.rewrite
+    before = snapshot(graph, net.model)
+    axis = data.draw(axes(graph))
+    with pytest.raises(gg.NotApplicable):
+        gg.apply(graph, rewrite, gg.Remove(axis, (99,)))
+    if isinstance(rewrite, gg.Widen):
+        with pytest.raises(gg.NotEquivalent):
+            gg.apply(graph, rewrite, Wrong(rewrite.axis, graph.axis(rewrite.axis).multiple))
+    assert snapshot(graph, net.model) == before
+
+
+def check_origin(grown: gg.Grown) -> None:
+    folded = [line for line in str(grown.proof).splitlines() if "folded" in line]
+    for path, old in grown.before.state.items():
+        new, origin = grown.graph.state[path], grown.origin.get(path)
+        if any(f"'{path}'" in line for line in folded):
+            continue
+        if origin is None:
+            assert new is old
+            continue
+        kept = ~is_new(origin, new.shape)
+        moved = gather(old, origin) * (1 if origin.scale is None else origin.scale)
+        assert torch.allclose(new[kept].double(), moved[kept].double(), 1e-15, 0)
+
+
+@given(growths())
+def test_every_old_entry_is_where_the_origin_says(growth: Growth) -> None:
+    graph, rewrite = growth.graph, growth.rewrite
+    assume(isinstance(rewrite, gg.Widen))
+    check_origin(gg.apply(graph, rewrite))
+
+
+@few
+@given(growths())
+def test_rewrites_and_journals_come_back_from_json(growth: Growth) -> None:
+    graph, rewrite = growth.graph, growth.rewrite
+    grown = gg.apply(graph, rewrite).graph
+    read = [rewrite_from_json(d) for d in json.loads(json.dumps(rewrites_to_json([rewrite])))]
+    assert read == [rewrite]
+    journal = json.loads(json.dumps(rewrites_to_json(grown.journal)))
+    again = gg.apply(graph, *map(rewrite_from_json, journal)).graph
+    assert all(torch.equal(t, again.state[p]) for p, t in grown.state.items())
+
+
+# ------------------------------------------------------------------------------ long sequences
+
+
+class Growing(RuleBasedStateMachine):
+    """Rewrites one after the other, as they come, of a network that computes the same all along."""
+
+    @initialize(net=networks())
+    def start(self, net: Drawn) -> None:
+        self.net, self.graph = net, net.trace()
+        self.added: list[tuple[str, tuple[int, ...]]] = []
+
+    def room(self) -> list[str]:
+        return [n for n, a in self.graph.axes.items() if a.obstacle is None and a.width < 10]
+
+    @precondition(lambda self: self.room())
+    @rule(data=st.data())
+    def widen(self, data: st.DataObject) -> None:
+        name = data.draw(st.sampled_from(self.room()))
+        rewrite = data.draw(widenings(self.graph, axis=name))
+        if rewrite.obstacle(self.graph) is None:
+            width = self.graph.axes[name].width
+            self.graph = gg.apply(self.graph, rewrite).graph
+            first = width if rewrite.at is None else rewrite.at
+            count = self.graph.axes[name].width - width
+            self.added = [(n, u) for n, u in self.added if n != name]
+            self.added.append((name, tuple(range(first, first + count))))
+
+    @precondition(lambda self: self.added)
+    @rule(data=st.data())
+    def remove(self, data: st.DataObject) -> None:
+        name, units = self.added.pop(data.draw(st.integers(0, len(self.added) - 1)))
+        self.graph = gg.apply(self.graph, gg.Remove(name, units)).graph
+
+    @rule(data=st.data())
+    def change(self, data: st.DataObject) -> None:
+        rewrite = data.draw(requests(self.graph))
+        if (
+            rewrite.obstacle(self.graph) is None
+            and sum(a.width for a in self.graph.axes.values()) < 60
+        ):
+            self.graph = gg.apply(self.graph, rewrite).graph
+            self.added = []
+
+    @invariant()
+    def same_function(self) -> None:
+        found = gg.compare(self.net.model, self.graph, self.net.inputs(4, 5))
+        assert found.relative <= EXACT, f"{found}"
+
+    @invariant()
+    def well_formed(self) -> None:
+        model = gg.lower(self.graph)
+        assert list(model.state_dict()) == list(self.net.model.state_dict())
+        for module in model.modules():
+            check_attributes(module)
+
+
+def check_attributes(module: nn.Module) -> None:
+    """Assert that a layer's attributes say what its tensors are."""
+    made = None
+    if isinstance(module, nn.Linear):
+        made = nn.Linear(module.in_features, module.out_features, module.bias is not None)
+    elif isinstance(module, nn.modules.conv._ConvNd):
+        made = type(module)(
+            module.in_channels,
+            module.out_channels,
+            module.kernel_size,
+            groups=module.groups,
+            bias=module.bias is not None,
+        )
+    elif isinstance(module, nn.modules.batchnorm._BatchNorm):
+        made = type(module)(module.num_features, affine=module.affine)
+    elif isinstance(module, nn.PReLU):
+        made = nn.PReLU(module.num_parameters)
+    elif isinstance(module, nn.Embedding):
+        made = nn.Embedding(module.num_embeddings, module.embedding_dim)
+    if made is not None:
+        mine, theirs = module.state_dict(), made.state_dict()
+        assert {k: t.shape for k, t in mine.items()} == {k: t.shape for k, t in theirs.items()}
+
+
+class TestGrowing(Growing.TestCase):
+    settings = settings(max_examples=25, stateful_step_count=8)
