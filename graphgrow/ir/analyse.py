@@ -411,6 +411,7 @@ class _Settled:
     def __init__(self, watch: _Watch, graph: Any) -> None:
         self.watch, self.graph = watch, graph
         self.roles: dict[Atom, dict[ParameterDim, str]] = {}
+        self.written_by: dict[Atom, ParameterDim] = {}
         self.names: dict[Atom, str] = {}
         self.taken: set[str] = set()
         first: dict[int, str] = {}
@@ -478,9 +479,11 @@ class _Settled:
             for atom in layout.leaves(parts):
                 at = source.dims.index(d) if source.dims and d in source.dims else None
                 here = over.get(at, set()) if at is not None else summed
-                role = _role(step, slot, atom in here, atom in batched)
+                role = _role(step, slot, d, atom in here, atom in batched)
                 known = self.roles.setdefault(atom, {})
                 key = ParameterDim(source.path, d)
+                if role == "producer":
+                    self.written_by.setdefault(atom, key)
                 if _RANK[role] > _RANK.get(known.get(key, ""), -1):
                     known.pop(key, None)
                     known[key] = role
@@ -491,6 +494,8 @@ class _Settled:
                 if atom in self.names or not _is_axis(atom):
                     continue
                 key = next((k for k, role in roles.items() if role == wanted), None)
+                if wanted == "producer":  # a tied weight may write an axis and read it later
+                    key = self.written_by.get(atom)
                 if key is not None:
                     self.names[atom] = self._name(atom, key, wanted)
         order = {atom: i for i, atom in enumerate(self.roles)}
@@ -543,9 +548,9 @@ def _is_axis(atom: Atom) -> bool:
 _RANK = {"carrier": 0, "producer": 1, "consumer": 2}
 
 
-def _role(step: Step, slot: int, contracted: bool, batched: bool) -> str:
+def _role(step: Step, slot: int, dim: int, contracted: bool, batched: bool) -> str:
     if step.row.kind is Kind.GATHER and slot == 0:
-        return "producer"
+        return "producer" if dim else "carrier"
     if step.row.kind is not Kind.CONTRACT or slot == step.bias:
         return "carrier"
     if contracted:

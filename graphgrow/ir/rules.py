@@ -743,7 +743,7 @@ ROWS: dict[Any, Row] = _table(
     (Row(attention, Kind.SEPARATE), "_scaled_dot_product_efficient_attention"),
     (Row(attention, Kind.SEPARATE), "_scaled_dot_product_cudnn_attention"),
     (Row(attention, Kind.SEPARATE), "_scaled_dot_product_attention_math"),
-    (Row(embedding, Kind.GATHER), "embedding"),
+    (Row(embedding, Kind.GATHER, "any", True), "embedding"),
     # new tensors
     (FILL, "zeros ones full empty zeros_like ones_like full_like empty_like new_zeros new_ones"),
     (FILL, "new_full new_empty empty_strided new_empty_strided empty_permuted scalar_tensor"),

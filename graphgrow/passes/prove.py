@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -174,9 +174,9 @@ def per_output(resized: Resized, at: ParameterDim, bias: str, entries: Tensor) -
     return summed.sum([d for d in range(summed.dim()) if d != out + 1])
 
 
-def rounding(folds: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> float:
-    """Return the bound that folding constants into biases brings: a hundred units of rounding."""
-    return max((100 * torch.finfo(state[path].dtype).eps for path in folds), default=0.0)
+def rounding(paths: Iterable[str], state: Mapping[str, Tensor]) -> float:
+    """Return the bound for tensors whose values were added to: a hundred units of rounding."""
+    return max((100 * torch.finfo(state[path].dtype).eps for path in paths), default=0.0)
 
 
 def old_entries(resized: Resized, at: ParameterDim) -> Tensor:

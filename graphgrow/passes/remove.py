@@ -94,7 +94,7 @@ class Remove:
         grown = resize(graph, narrowed.kept, narrowed.tensors, chosen)
         origin = {path: narrowed.kept.origin(path) for path in change.paths()}
         said = str(replace(chosen, absorb=None))
-        lost = rounding(narrowed.tensors, graph.state)
+        lost = rounding(narrowed.rounded, graph.state)
         proof = Proof(said, not narrowed.fitted, lines=narrowed.lines, rounding=lost)
         if narrowed.fitted:
             proof = replace(proof, modes=())
@@ -131,6 +131,7 @@ class _Narrowed:
         self.absorb = dict(absorb.coefficients) if absorb is not None else None
         self.fitted, self.reason, self.lines = False, None, ()
         self.shifted: set[str] = set()
+        self.rounded: set[str] = set()
         self.tensors = {p: gather(graph.state[p], self.kept.origin(p)) for p in change.paths()}
         follower = Follower(change, graph.state).run()
         for arrival in follower.arrivals:
@@ -182,7 +183,10 @@ class _Narrowed:
         places = torch.from_numpy(self.kept.at(at.path, at.dim).reshape(-1))
         moved = tensor.movedim(at.dim, 0)
         shape = (len(places), *moved.shape[1:])
-        moved[places.to(tensor.device)] = columns.to(tensor).reshape(shape)
+        new, at_places = columns.to(tensor).reshape(shape), places.to(tensor.device)
+        if not torch.equal(moved[at_places], new):
+            moved[at_places] = new
+            self.rounded.add(at.path)
 
     def _add(self, follower: Follower, arrival: Arrival, reduction: Reduction) -> None:
         """Add what constants stood for to the bias that reads them."""
@@ -200,6 +204,8 @@ class _Narrowed:
     def _shift(self, path: str, constant: Tensor) -> None:
         if path in self.tensors:
             constant = gather(constant, self.kept.origin(path))
+        if bool((constant != 0).any()):
+            self.rounded.add(path)
         bias = self.tensors.get(path, self.graph.state[path]).detach()
         self.tensors[path] = (bias.double() + constant.to(bias.device)).to(bias.dtype)
 
