@@ -386,18 +386,26 @@ class Follower:
             value = rate * (torch.from_numpy(content.scale)[:, None] - mean[new]) + b[new]
         held = _one_number(value)
         constant = content.constant() & ~np.isnan(held)
-        parts = [p for p in (weight, bias, mean, var) if p is not None]
-        fits = [
-            content.scale[k] == 1 and all(torch.equal(p[content.like[k]], p[u]) for p in parts)
-            for k, u in enumerate(self.new)
-        ]
-        kept = np.array(fits, dtype=bool) & ~content.constant()
+        scale = np.full(len(self.new), np.nan)
+        for k, (u, i) in enumerate(zip(self.new, content.like, strict=True)):
+            alike = all(torch.equal(p[i], p[u]) for p in (mean, var) if p is not None)
+            if i != CONSTANT and content.scale[k] == 1 and alike:
+                scale[k] = self._factor(w[u], b[u], w[i], b[i])
+        kept = ~np.isnan(scale)
         return Content(
             self.new,
             np.where(constant, CONSTANT, np.where(kept, content.like, self.new)),
-            np.where(constant, held, 1.0),
+            np.where(constant, held, np.where(kept, scale, 1.0)),
             content.slope * rate[:, 0].double().numpy(),
         )
+
+    def _factor(self, weight: Tensor, bias: Tensor, of_weight: Tensor, of_bias: Tensor) -> float:
+        """Return by what a unit's scale and shift multiply another's, NaN where they do not."""
+        if torch.equal(weight, of_weight) and torch.equal(bias, of_bias):
+            return 1.0
+        factor = float(weight / of_weight)
+        fits = _close(bias, factor * of_bias, self._eps()) and np.isfinite(factor)
+        return factor if fits else float("nan")
 
     def _norm_part(self, step: Step, position: int) -> Tensor | None:
         """Return one per-unit input of a batch norm by unit, None where it has none."""

@@ -80,8 +80,8 @@ def judge(follower: Follower, narrow: Mapping[str, Tensor]) -> Verdict:
 
 def _disagreeing(step: Step, path: str) -> str:
     return (
-        f"the constant that new units add at {step.where} is not the same each time "
-        f"'{path}' is used"
+        f"the constant that new units add at {step.where} is not the same in both modes and each "
+        f"time '{path}' is used"
     )
 
 

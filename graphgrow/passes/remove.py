@@ -122,6 +122,10 @@ def _removal(analysis: Analysis, axis: Axis, units: tuple[int, ...]) -> Resized:
     return Resized(analysis, axis.name, position)
 
 
+def _read_backwards(sentence: str) -> str:
+    return sentence.replace("new units", "removed units")
+
+
 class _Narrowed:
     """The tensors of the narrower graph, or the reason why there are none."""
 
@@ -141,7 +145,8 @@ class _Narrowed:
             self.lines = ("removed units are replaced by least squares",)
             return
         verdict = judge(follower, {**graph.state, **self.tensors})
-        self.reason, self.lines = verdict.reason, verdict.lines
+        self.reason = verdict.reason and _read_backwards(verdict.reason)
+        self.lines = tuple(map(_read_backwards, verdict.lines))
         if verdict.reason is None:
             self._fold(verdict)
 
