@@ -10,6 +10,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -99,6 +100,7 @@ class Analysis:
     """The layouts of a graph's tensors, its axes in topological order, and its steps.
 
     `tied` has the first path of each tensor for every path; axes name tensors by first paths.
+    `holding` has, for each axis, the numbers of the values in which it takes part.
     """
 
     axes: Mapping[str, Axis]
@@ -106,12 +108,17 @@ class Analysis:
     tied: Mapping[str, str]
     nodes: Mapping[tuple[str, str], Any]
     values: tuple[tuple[Layout, ...], ...]
+    holding: Mapping[str, frozenset[int]]
     sources: Mapping[int, Source]
     steps: tuple[Step, ...]
     unknown: Mapping[str, int]
 
     def widths(self) -> dict[str, int]:
         """Return the width of every axis by name."""
+        return self._widths
+
+    @cached_property
+    def _widths(self) -> dict[str, int]:
         return {name: axis.width for name, axis in self.axes.items()}
 
 
@@ -441,6 +448,7 @@ class _Settled:
             tied=self.tied,
             nodes=self.watch.nodes,
             values=values,
+            holding=_holding(values),
             sources=self.watch.sources,
             steps=steps,
             unknown=self.watch.unknown,
@@ -538,6 +546,15 @@ class _Settled:
 
     def _named(self, parts: Composition) -> frozenset[str]:
         return frozenset(self.names[a] for a in layout.leaves(parts) if a in self.names)
+
+
+def _holding(values: tuple[tuple[Layout, ...], ...]) -> dict[str, frozenset[int]]:
+    found: dict[str, set[int]] = {}
+    for number, dims in enumerate(values):
+        for layout_ in dims:
+            for axis in layout_.axes():
+                found.setdefault(axis, set()).add(number)
+    return {axis: frozenset(numbers) for axis, numbers in found.items()}
 
 
 def _is_axis(atom: Atom) -> bool:

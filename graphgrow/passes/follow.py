@@ -84,6 +84,7 @@ class Follower:
         self.arrivals: list[Arrival] = []
         self.blocked: list[str] = []
         self._slices: dict[ParameterDim, Tensor] = {}
+        self.held = resized.analysis.holding.get(resized.axis, frozenset())
         self.needed = self._needed()
         self.guess = self._guess()
 
@@ -158,7 +159,7 @@ class Follower:
         return self
 
     def _has(self, number: int) -> bool:
-        return any(self.axis in layout.axes() for layout in self.resized.analysis.values[number])
+        return number in self.held
 
     def _through(self, step: Step) -> Content | None:
         kind = step.row.kind

@@ -38,7 +38,7 @@ def resize(graph: Graph, change: Resized, tensors: Mapping[str, Tensor], rewrite
         train=train,
         eval=train if same else eval_,
         state={path: made.get(id(tensor), tensor) for path, tensor in graph.state.items()},
-        modules=_retold(graph, widths),
+        modules=_retold(graph, change.axis, widths),
         journal=(*graph.journal, rewrite),
     )
     grown.__dict__["analysis"] = _resized(graph.analysis, widths, {**numbers, **more})
@@ -52,13 +52,17 @@ def _resized(
     return replace(analysis, axes=axes, nodes={**analysis.nodes, **numbers})
 
 
-def _retold(graph: Graph, widths: Mapping[str, int]) -> dict[str, nn.Module]:
+def _retold(graph: Graph, axis: str, widths: Mapping[str, int]) -> dict[str, nn.Module]:
     """Return the module templates with their attributes true again; untouched ones are shared."""
     inputs = _inputs(graph)
     fresh: dict[int, nn.Module] = {}
     for path in graph.leaves:
         module = graph.modules[path]
-        told = resized(module, _sizes(graph, path, inputs.get(path, ()), widths))
+        sizes = _sizes(graph, path, inputs.get(path, ()), widths)
+        layouts = [*sizes.input, *(layout for dims in sizes.tensors.values() for layout in dims)]
+        if all(axis not in layout.axes() for layout in layouts):
+            continue
+        told = resized(module, sizes)
         if told and id(module) not in fresh:
             fresh[id(module)] = _with(module, told)
     return {path: fresh.get(id(module), module) for path, module in graph.modules.items()}

@@ -132,9 +132,14 @@ def _minus(bias: Tensor, constant: Tensor) -> Tensor:
 
 def _with_scale(origin: TensorOrigin, old: Tensor, new: Tensor) -> TensorOrigin:
     """Return an origin with new over old value for every old entry, where any was changed."""
+    if torch.equal(gather(new, TensorOrigin(tuple(map(_kept, origin.dims)))), old.detach()):
+        return origin
     moved = gather(old, origin)
     kept = ~is_new(origin, new.shape).to(new.device)
-    if torch.equal(new[kept], moved[kept]):
-        return origin
     ratio = torch.where(kept & (moved != 0), new.double() / moved.double(), 1.0)
     return replace(origin, scale=ratio)
+
+
+def _kept(index: Tensor | None) -> Tensor | None:
+    """Return where, in a wider dim, the old entries are."""
+    return None if index is None else (index >= 0).nonzero().flatten()
