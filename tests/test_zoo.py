@@ -1,0 +1,100 @@
+"""torchvision's models, unchanged: which axes they have, and all that can grow grown at once."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+import vision
+from torch import Tensor, nn
+
+import graphgrow as gg
+
+# Axes, and how many of them can be widened. What cannot is fixed by the input, the output, or by
+# what the sentence says; `benchmarks/coverage.py` prints it, and has all the other models.
+AXES = {
+    "convnext_tiny": (24, 18),
+    "densenet121": (122, 120),
+    "efficientnet_b0": (42, 40),
+    "googlenet": (65, 61),
+    "lraspp_mobilenet_v3_large": (32, 30),
+    "mobilenet_v3_small": (29, 27),
+    "regnet_y_400mf": (71, 69),
+    "resnet18": (14, 12),
+    "shufflenet_v2_x0_5": (35, 30),
+    "squeezenet1_0": (27, 25),
+    "swin_t": (78, 36),
+    "vit_b_32": (52, 12),
+}
+
+
+@functools.cache
+def drawn(name: str) -> tuple[nn.Module, Tensor]:
+    with vision.silenced():
+        vision.torchvision()
+        build, size = next((b, s) for n, b, s in vision.zoo() if n == name)
+        torch.manual_seed(0)
+        model = build().double()
+    return model, torch.randn(2, 3, size, size, dtype=torch.double)
+
+
+def free(graph: gg.Graph) -> list[gg.Axis]:
+    return [axis for axis in graph.axes.values() if axis.obstacle is None]
+
+
+@pytest.mark.parametrize("name", AXES)
+def test_all_that_can_grow_grows_at_once(name: str) -> None:
+    model, images = drawn(name)
+    graph = gg.trace(model, images)
+    assert not graph.analysis.unknown
+    assert (len(graph.axes), len(free(graph))) == AXES[name]
+    rewrites = [gg.Widen(axis.name, 3 * axis.multiple) for axis in free(graph)]
+    grown = gg.apply(graph, *rewrites, verify=False)
+    for axis in free(graph):
+        assert grown.graph.axes[axis.name].width == axis.width + 3 * axis.multiple
+    assert gg.compare(model, grown.graph, images).relative <= 1e-10
+    assert list(gg.lower(grown.graph).state_dict()) == list(model.state_dict())
+
+
+@pytest.mark.parametrize("name", [n for n in AXES if n not in ("vit_b_32", "swin_t")])
+def test_every_axis_that_cannot_grow_says_why(name: str) -> None:
+    model, images = drawn(name)
+    for axis in gg.trace(model, images).axes.values():
+        if axis.obstacle is not None:
+            head = f"cannot widen axis '{axis.name}' ({axis.width} units): it "
+            assert axis.obstacle.startswith(head)
+
+
+def test_the_hidden_units_of_a_vision_transformer_widen() -> None:
+    model, images = drawn("vit_b_32")
+    graph = gg.trace(model, images)
+    for layer in range(12):
+        axis = graph.axis(f"encoder.layers.encoder_layer_{layer}.mlp.0")
+        assert (axis.width, axis.obstacle) == (3072, None)
+
+
+def test_a_stage_of_a_residual_network_is_one_axis() -> None:
+    model, images = drawn("resnet18")
+    axis = gg.trace(model, images).axis("layer2.1.conv2")
+    assert axis.width == 128
+    assert {at.path for at in axis.producers} == {
+        "layer2.0.conv2.weight",
+        "layer2.0.downsample.0.weight",
+        "layer2.1.conv2.weight",
+    }
+    assert {at.path for at in axis.consumers} == {
+        "layer2.1.conv1.weight",
+        "layer3.0.conv1.weight",
+        "layer3.0.downsample.0.weight",
+    }
+
+
+def test_a_widened_resnet_is_still_torchvisions() -> None:
+    model, images = drawn("resnet18")
+    graph = gg.trace(model, images)
+    wider = gg.apply(graph, gg.Widen("layer3.0.conv2", 5, at=7)).graph
+    mine = gg.lower(wider, into=drawn.__wrapped__("resnet18")[0])
+    assert type(mine) is type(model) and mine.layer3[1].bn1.num_features == 256
+    assert mine.layer3[0].downsample[0].out_channels == 261
+    assert gg.compare(model, mine, images).relative <= 1e-10
