@@ -1,21 +1,24 @@
 """Every torchvision classifier and segmenter: its axes, which can grow, why others can't.
 
-    python benchmarks/coverage.py [NAME ...] [--widen {each,all,none}]
+    python benchmarks/coverage.py [NAME ...] [--widen {each,all,none}] > docs/torchvision.md
 
-Random weights, float64, small images. With `each`, every axis without an obstacle is widened by
-three, alone; with `all` (the default) all of them at once; the largest relative difference of the
-outputs in both modes is printed. Needs torchvision.
+Random weights, float64, small images. With `all` (the default), every axis without an obstacle is
+widened by three, all of them at once; with `each`, each of them alone. Printed, as a table, is the
+largest relative difference of the outputs in train and in eval mode. The largest model needs some
+20 GB. Needs torchvision.
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
+import re
 import sys
 import time
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
@@ -25,60 +28,56 @@ import graphgrow as gg
 
 
 def main() -> None:
-    """Print one line a model, and the obstacles with how many axes they hold."""
+    """Print a line for each model."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*")
     parser.add_argument("--widen", choices=("each", "all", "none"), default="all")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    print("# torchvision's models, widened\n")
+    print(
+        f"`python benchmarks/coverage.py --widen {options.widen}`, torch {torch.__version__}, random"
+    )
+    print(
+        "weights, float64. Each axis that can be widened is, by three units. *difference*: of the"
+    )
+    print("outputs, relative, in train and eval mode; *seconds*: of CPU, to trace and analyse.\n")
+    print("| model | axes | widened | difference | seconds | the other axes |")
+    print("|---|---|---|---|---|---|")
     for name, build, size in vision.zoo():
         if not options.names or name in options.names:
             with vision.silenced():
-                report(name, build().double(), size, options.widen)
+                print(line(name, build().double(), size, options.widen), flush=True)
 
 
-def report(name: str, model: torch.nn.Module, size: int, widen: str) -> None:
-    """Print what was found on one model."""
+def line(name: str, model: nn.Module, size: int, widen: str) -> str:
+    """Return what was found on one model, as a row of the table."""
     images = torch.randn(2, 3, size, size, dtype=torch.double)
-    start = time.perf_counter()
+    start = time.process_time()
     graph = gg.trace(model, images)
     axes = graph.axes
-    seconds = time.perf_counter() - start
-    free = [axis for axis in axes.values() if axis.obstacle is None]
-    worst, refused = widened(graph, images, [axis.name for axis in free], widen)
-    print(
-        f"{name:32} {len(axes):4} axes {len(free):4} free {seconds:6.2f} s  difference {worst:.1e}",
-        f"unknown {dict(graph.analysis.unknown)}" if graph.analysis.unknown else "",
-        flush=True,
+    seconds = time.process_time() - start
+    free = [axis.name for axis in axes.values() if axis.obstacle is None]
+    fits = [name for name in free if gg.Widen(name, 3).obstacle(graph) is None]
+    worst = difference(graph, images, fits, widen)
+    reasons = [axis.obstacle.split("units): it ")[1] for axis in axes.values() if axis.obstacle]
+    reasons += [gg.Widen(n, 3).obstacle(graph).split(": ", 1)[1] for n in free if n not in fits]
+    counted = collections.Counter(re.sub(r" '[^']*'", "", reason) for reason in reasons)
+    said = "; ".join(f"{count} × {reason}" for reason, count in counted.most_common())
+    return f"| {name} | {len(axes)} | {len(fits)} | {worst:.0e} | {seconds:.1f} | {said} |"
+
+
+def difference(graph: gg.Graph, images: Tensor, names: list[str], widen: str) -> float:
+    """Return the largest relative difference of the outputs after widening."""
+    rewrites = [gg.Widen(name, 3) for name in names]
+    if widen == "none" or not rewrites:
+        return 0.0
+    if widen == "all":
+        return gg.compare(graph, gg.apply(graph, *rewrites, verify=False).graph, images).relative
+    return max(
+        gg.compare(graph, gg.apply(graph, rewrite, verify=False).graph, images).relative
+        for rewrite in rewrites
     )
-    reasons = [axis.obstacle.split("units): ")[1] for axis in axes.values() if axis.obstacle]
-    for reason, count in collections.Counter(reasons).most_common():
-        print(f"    {count:4} axes: {reason}")
-    for sentence in refused:
-        print(f"    REFUSED {sentence}")
-
-
-def widened(
-    graph: gg.Graph, images: torch.Tensor, names: list[str], widen: str
-) -> tuple[float, list[str]]:
-    """Return the largest relative difference after widening, and the sentences of refusals."""
-    refused: list[str] = []
-    worst = 0.0
-    fits: list[gg.Widen] = []
-    for name in names if widen != "none" else []:
-        rewrite = gg.Widen(name, units=3)
-        obstacle = rewrite.obstacle(graph)
-        if obstacle is not None:
-            refused.append(obstacle)
-            continue
-        fits.append(rewrite)
-        if widen == "each":
-            grown = gg.apply(graph, rewrite, verify=False)
-            worst = max(worst, gg.compare(graph, grown.graph, images).relative)
-    if widen == "all" and fits:
-        grown = gg.apply(graph, *fits, verify=False)
-        worst = gg.compare(graph, grown.graph, images).relative
-    return worst, refused
 
 
 if __name__ == "__main__":
