@@ -35,13 +35,12 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     print("# torchvision's models, widened\n")
+    command = f"python benchmarks/coverage.py --widen {options.widen}"
+    print(f"`{command}`, torch {torch.__version__}, random weights, float64.")
     print(
-        f"`python benchmarks/coverage.py --widen {options.widen}`, torch {torch.__version__}, random"
+        "Each axis that can be widened is, by three units. *difference*: of the outputs, relative,"
     )
-    print(
-        "weights, float64. Each axis that can be widened is, by three units. *difference*: of the"
-    )
-    print("outputs, relative, in train and eval mode; *seconds*: of CPU, to trace and analyse.\n")
+    print("in train and eval mode; *seconds*: of CPU, to trace and analyse.\n")
     print("| model | axes | widened | difference | seconds | the other axes |")
     print("|---|---|---|---|---|---|")
     for name, build, size in vision.zoo():
