@@ -23,7 +23,7 @@ def resize(graph: Graph, change: Resized, tensors: Mapping[str, Tensor], rewrite
     """Return `graph` with an axis resized, `tensors` by path in place of the old ones.
 
     `rewrite` joins the journal. What is known of axes carries over with the new widths, so that
-    many rewrites in a row need one analysis.
+    many rewrites in a row need one analysis; it is derived anew where one unit is left.
 
     Raises:
         NotApplicable: where a size stated in a call cannot be stated anew.
@@ -41,7 +41,9 @@ def resize(graph: Graph, change: Resized, tensors: Mapping[str, Tensor], rewrite
         modules=_retold(graph, change.axis, widths),
         journal=(*graph.journal, rewrite),
     )
-    grown.__dict__["analysis"] = _resized(graph.analysis, widths, {**numbers, **more})
+    # the last of several groups is no group: the layer is an ordinary one from then on
+    if widths[change.axis] > 1 or graph.axes[change.axis].width == 1:
+        grown.__dict__["analysis"] = _resized(graph.analysis, widths, {**numbers, **more})
     return grown
 
 
