@@ -32,7 +32,8 @@ def apply(graph: Graph, *rewrites: Rewrite, verify: bool = True) -> Grown:
     now, origin, proofs = graph, {}, []
     for rewrite in rewrites:
         edit = rewrite.edit(now)
-        origin = chained(origin, _at_all_paths(now, edit.origin))
+        found = _at_all_paths(now, edit.origin)
+        origin = chained(origin, {p: o for p, o in found.items() if p in graph.state})
         proofs.append(edit.proof)
         now = edit.graph
     proof = _joined(proofs)
