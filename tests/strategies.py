@@ -511,11 +511,65 @@ def removals(draw: st.DrawFn, graph: gg.Graph) -> gg.Remove:
     return gg.Remove(axis.name, tuple(sorted(units)))
 
 
-def requests(graph: gg.Graph) -> st.SearchStrategy[Any]:
+ACTIVATIONS = ("relu", "leaky_relu", "gelu", "silu", "softplus", "hardswish")
+
+
+@st.composite
+def deepenings(draw: st.DrawFn, graph: gg.Graph, both: bool = True, at: str = "") -> gg.Deepen:
+    """Return any request to insert a layer; exact in `both` modes, else also with batch norm."""
+    places = gg.Deepen.places(graph) or [""]
+    path = at or draw(st.one_of(*[st.sampled_from(places)] * 4, st.sampled_from([*graph.modules])))
+    scheme = draw(st.sampled_from(["none", "identity", "factor", "factor", "split", "split"]))
+    if scheme == "none":
+        return gg.Deepen(path)
+    if scheme == "identity":
+        norm = not both and draw(st.booleans())
+        kernel, groups = draw(st.sampled_from([3, 1, 2])), draw(st.sampled_from([1, 1, 2]))
+        return gg.Deepen(path, gg.Identity(kernel, groups, norm))
+    matrix, bias = draw(factors(graph.modules[path]))
+    if scheme == "factor":
+        name = draw(st.sampled_from(["rational", "prelu"]))
+        return gg.Deepen(path, gg.Factor(matrix, name, bias, draw(seeds)))
+    return gg.Deepen(path, gg.Split(draw(st.sampled_from(ACTIVATIONS)), matrix, bias, draw(seeds)))
+
+
+@st.composite
+def factors(draw: st.DrawFn, module: Any) -> tuple[Any, Any]:
+    """Return a matrix and a bias that mostly fit a layer, or None for either."""
+    groups = getattr(module, "groups", 1)
+    width = getattr(module, "in_features", getattr(module, "in_channels", groups)) // groups
+    rows = width + draw(st.sampled_from([0, 0, 1]))
+    generator = torch.Generator().manual_seed(draw(seeds))
+    numbers = torch.randn(rows, width, generator=generator, dtype=torch.double)
+    matrix = draw(st.sampled_from(["none", "random", "scaled", "wrong"]))
+    if matrix == "random":
+        numbers = torch.linalg.qr(numbers)[0] + 0.3 * torch.eye(rows, width, dtype=torch.double)
+    elif matrix == "scaled":
+        numbers = torch.diag(numbers[0].sign() * 2.0 ** torch.arange(width).remainder(3))
+    elif matrix == "wrong":
+        numbers = numbers[:, 1:]
+    units = width if matrix == "none" else len(numbers)
+    bias = tuple(0.5 - k % 2 for k in range(groups * units))
+    table = None if matrix == "none" else tuple(map(tuple, numbers.tolist()))
+    return table, draw(st.sampled_from([None, None, bias]))
+
+
+def requests(graph: gg.Graph, both: bool = True) -> st.SearchStrategy[Any]:
     """Return requests for any rewrite of a graph, also such as have an obstacle."""
-    return st.one_of(widenings(graph), given_widenings(graph), removals(graph))
+    wider = st.one_of(widenings(graph), given_widenings(graph))
+    return st.one_of(wider, deepenings(graph, both), removals(graph))
 
 
-def rewrites(graph: gg.Graph) -> st.SearchStrategy[Any]:
-    """Return rewrites that are applicable to a graph."""
-    return requests(graph).filter(lambda rewrite: rewrite.obstacle(graph) is None)
+def rewrites(graph: gg.Graph, both: bool = True) -> st.SearchStrategy[Any]:
+    """Return rewrites that are applicable to a graph, exact in `both` modes or in one at least."""
+    return requests(graph, both).filter(lambda rewrite: rewrite.obstacle(graph) is None)
+
+
+@st.composite
+def sequences(draw: st.DrawFn, graph: gg.Graph) -> tuple[Any, ...]:
+    """Return two to four rewrites, each applicable after those before it."""
+    made: list[Any] = []
+    for _ in range(draw(st.integers(2, 4))):
+        made.append(draw(rewrites(graph)))
+        graph = gg.apply(graph, made[-1], verify=False).graph
+    return tuple(made)

@@ -211,22 +211,23 @@ def _factored(place: Place, factors: _Factors, activation: Part) -> Insertion:
     new = {"weight": forth.reshape(layer.weight.shape)}
     if factors.bias is not None:
         new["bias"] = factors.bias.reshape(-1)
-    if factors.offset is not None:
-        constant = torch.einsum("gocs,gc->go", old, factors.offset).reshape(-1)
-        tensors["bias"] = place.graph.state[f"{place.path}.bias"].detach().cpu() - constant
-    name = "in_features" if isinstance(module, nn.Linear) else "in_channels"
     precision = torch.finfo(weight.dtype)
-    line = (
+    lines = [
         f"'{place.path}.weight' takes the inverse of '{{in}}.weight' (condition number "
         f"{factors.condition:.3g}); rounding to {precision.dtype} changes what the two give by at "
         f"most {factors.condition * precision.eps / 2:.1e} of the norms of weight and input"
-    )
+    ]
+    if factors.offset is not None:
+        constant = torch.einsum("gocs,gc->go", old, factors.offset).reshape(-1)
+        tensors["bias"] = place.graph.state[f"{place.path}.bias"].detach().cpu() - constant
+        lines.append(f"the bias of '{{in}}' is folded out of '{place.path}.bias'")
+    name = "in_features" if isinstance(module, nn.Linear) else "in_channels"
     return Insertion(
         parts=(Part("in", layer, new), activation),
         like=weight,
         tensors=tensors,
         attributes={name: groups * forth.shape[1]},
-        lines=(line,),
+        lines=tuple(lines),
         rounding=100 * factors.condition * precision.eps,
     )
 
