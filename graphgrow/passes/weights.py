@@ -219,7 +219,8 @@ class _Fill:
     def carriers(self) -> None:
         """Give per-unit tensors the old units' mean, parameters of several entries their spread.
 
-        Buffers get no spread: a drawn variance could be negative.
+        Buffers get no spread: a drawn variance could be negative. Filters that are all zero have
+        none to give: new ones are drawn, or two zeros in a row would keep new units dead.
         """
         for at in self.axis.carriers:
             old, new = self._read(at, self.resized.old), self._read(at, self.resized.new)
@@ -229,7 +230,9 @@ class _Fill:
             mean = old.double().mean(0, keepdim=True)
             values = mean.expand_as(new)
             learned = isinstance(self.state[at.path], nn.Parameter)
-            if learned and new.shape[1] > 1 and len(old) > 1:
+            if learned and new.shape[1] > 1 and not old.any():
+                values = new.shape[1] ** -0.5 * self._drawn(at, new)
+            elif learned and new.shape[1] > 1 and len(old) > 1:
                 values = values + old.double().std(0, keepdim=True) * self._drawn(at, new)
             self._write(at, self.resized.new, values)
 
