@@ -204,10 +204,14 @@ class Drawn:
 
 @dataclass(frozen=True)
 class _Taste:
-    """Which networks are wanted: `smooth` ones have gradients everywhere, `random` ones dropout."""
+    """Which networks are wanted: `smooth` ones have gradients everywhere, `random` ones dropout.
+
+    `planted` ones have units that can be removed, whose weights may never get a gradient.
+    """
 
     smooth: bool = False
     random: bool = True
+    planted: bool = True
     awkward: bool = True
 
 
@@ -236,7 +240,7 @@ def networks(draw: st.DrawFn, **taste: bool) -> Drawn:
     blocks = _blocks(draw, wanted, (first[0].table.embedding_dim, *shape) if first else shape, 6)
     seed = draw(seeds)
     model = fill(Network([*first, *blocks]).double(), seed)
-    plants = draw(st.lists(st.sampled_from(PLANTS), max_size=4))
+    plants = draw(st.lists(st.sampled_from(PLANTS), max_size=4 * wanted.planted))
     plant(model, plants)
     return Drawn(model, shape, words, f"numbers from seed {seed}, planted {plants}")
 
@@ -325,9 +329,10 @@ def _layer(
 
 
 def _activation(draw: st.DrawFn, taste: _Taste, shape: Shape) -> nn.Module:
-    kinds = SMOOTH if taste.smooth else SMOOTH + KINKED
-    choice = draw(st.integers(0, len(kinds)))
-    return nn.PReLU(shape[0]) if choice == len(kinds) else kinds[choice]()
+    if taste.smooth:
+        return draw(st.sampled_from(SMOOTH))()
+    kinds = (*SMOOTH, *KINKED, lambda: nn.PReLU(shape[0]))
+    return draw(st.sampled_from(kinds))()
 
 
 def _norm(draw: st.DrawFn, taste: _Taste, shape: Shape) -> nn.Module:
