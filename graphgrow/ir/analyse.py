@@ -282,10 +282,11 @@ class _Watch(TorchDispatchMode):
         written = _written(func, args, kwargs)
         inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         numbers = tuple(self.number(t) for t in inputs)
+        strides = tuple(t.stride() if t.layout is torch.strided else () for t in inputs)
         out = func(*args, **kwargs)
         outs = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
         row = row_of(func)
-        outcome = self._relate(Call(func, args, kwargs, outs, self.of), row)
+        outcome = self._relate(Call(func, args, kwargs, outs, self.of, strides), row)
         made = tuple(self.see(t, d) for t, d in zip(outs, outcome.outs, strict=True))
         self._step(func, args, kwargs, row, outcome, numbers, made)
         for tensor in written:
@@ -499,7 +500,7 @@ class _Settled:
     def _name_axes(self) -> None:
         for wanted in ("producer", "consumer", "carrier"):
             for atom, roles in self.roles.items():
-                if atom in self.names or not _is_axis(atom):
+                if atom in self.names or not self._is_axis(atom):
                     continue
                 key = next((k for k, role in roles.items() if role == wanted), None)
                 if wanted == "producer":  # a tied weight may write an axis and read it later
@@ -508,6 +509,12 @@ class _Settled:
                     self.names[atom] = self._name(atom, key, wanted)
         order = {atom: i for i, atom in enumerate(self.roles)}
         self.names = dict(sorted(self.names.items(), key=lambda item: order[item[0]]))
+
+    def _is_axis(self, atom: Atom) -> bool:
+        """Return whether an atom is a set of units, not a size that is only part of a shape."""
+        if atom.frozen == SPATIAL:
+            return "producer" in self.roles[atom].values()
+        return atom.frozen not in (KERNEL, layout.ONE_ONLY) and atom.size > 0
 
     def _name(self, atom: Atom, key: ParameterDim, role: str) -> str:
         owner = key.path.rpartition(".")[0]
@@ -555,11 +562,6 @@ def _holding(values: tuple[tuple[Layout, ...], ...]) -> dict[str, frozenset[int]
             for axis in layout_.axes():
                 found.setdefault(axis, set()).add(number)
     return {axis: frozenset(numbers) for axis, numbers in found.items()}
-
-
-def _is_axis(atom: Atom) -> bool:
-    """Return whether an unbound atom is a set of units, not a size that is part of a shape."""
-    return atom.frozen not in (KERNEL, SPATIAL, layout.ONE_ONLY) and atom.size > 0
 
 
 _RANK = {"carrier": 0, "producer": 1, "consumer": 2}

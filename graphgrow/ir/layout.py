@@ -300,9 +300,9 @@ def _split_pieces(terms: Composition, sizes: Sequence[int]) -> list[Composition]
 
 
 def _split_term(term: Term, sizes: Sequence[int]) -> list[Composition]:
-    left = [atom for atom in reversed(term) if atom.size != 1]
-    if len(left) == len(sizes) == 1:
+    if len(sizes) == 1:
         return [(term,)]
+    left = _factors(term)
     out: list[Composition] = []
     for size in sizes:
         taken: Term = ()

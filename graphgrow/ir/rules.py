@@ -8,7 +8,7 @@ without a row freezes what it touches. All pointwise operators share one row, by
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
@@ -43,13 +43,17 @@ class Kind(Enum):
 
 @dataclass(eq=False)
 class Call:
-    """One ATen call as it is seen: the arguments, the results, and the layouts known so far."""
+    """One ATen call as it is seen: the arguments, the results, and the layouts known so far.
+
+    `strides` are those that the tensor arguments had before the call, which may set them in place.
+    """
 
     func: torch._ops.OpOverload
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     outs: list[Tensor]
     of: Callable[[Tensor], Dims]
+    strides: tuple[tuple[int, ...], ...] = ()
 
     def arg(self, index: int, name: str, default: Any = None) -> Any:
         """Return an argument given by position or by name."""
@@ -74,7 +78,8 @@ class Outcome:
     """The layouts of the outputs, and what a contraction sums over.
 
     `batched` is the layout that both factors keep; `bias` the slot of an added per-unit input;
-    `border` is true where some positions see fewer terms than others (zero padding).
+    `border` is true where a constant unit adds something else than the sum of its weights: less
+    near zero padding, a multiple where the product is scaled.
     """
 
     outs: Sequence[Dims]
@@ -154,15 +159,31 @@ def same(c: Call) -> Outcome:
 
 
 def restride(c: Call) -> Outcome:
-    """Keep the layout where the shape stays; other strides mean other units."""
-    if c.args[0].shape != c.outs[0].shape:
+    """Keep the layout where shape and strides stay; others mean other units."""
+    x, (out,) = c.args[0], c.outs
+    before = c.strides[0] if c.strides else x.stride()
+    if (x is out and not c.strides) or len(before) != out.dim() or x.shape != out.shape:
         raise Misaligned("strides are set by hand")
+    stays = all(a == b for a, b, n in zip(before, out.stride(), out.shape, strict=True) if n > 1)
+    if not stays or out.storage_offset() != x.storage_offset():
+        raise Misaligned("strides are set by hand")
+    return same(c)
+
+
+def convert(c: Call) -> Outcome:
+    """Keep the layout; real numbers that are cut to whole ones are other numbers."""
+    if c.args[0].is_floating_point() and not c.outs[0].is_floating_point():
+        raise Misaligned("real numbers are cut to whole ones")
     return same(c)
 
 
 def view(c: Call) -> Outcome:
     """Flatten and split runs of dims."""
     x, (out,) = c.args[0], c.outs
+    if x.dtype != out.dtype:
+        raise Misaligned("its bits are read as other numbers")
+    if x.numel() == 0 and x.shape != out.shape:
+        raise Misaligned("a tensor without entries is reshaped")
     return Outcome([regroup(c.of(x), list(x.shape), list(out.shape))])
 
 
@@ -228,12 +249,13 @@ def unsqueeze(c: Call) -> Outcome:
 
 def squeeze(c: Call) -> Outcome:
     """Drop dims of size one."""
-    x = c.args[0]
-    asked = c.arg(1, "dim", list(range(x.dim())))
-    asked = [d % x.dim() for d in (asked if isinstance(asked, list | tuple) else [asked])]
+    before = c.of(c.args[0])
+    asked = c.arg(1, "dim", list(range(len(before))))
+    asked = asked if isinstance(asked, list | tuple) else [asked]
+    asked = [d % len(before) for d in asked if before]
     dims: Dims = []
-    for d, parts in enumerate(c.of(x)):
-        if d in asked and x.shape[d] == 1:
+    for d, parts in enumerate(before):
+        if d in asked and layout.size_of(parts) == 1:
             freeze(parts, "has width one and is squeezed away")
         else:
             dims.append(parts)
@@ -320,8 +342,8 @@ def slice_(c: Call) -> Outcome:
 
 def reorder(c: Call) -> Outcome:
     """Keep the layouts; the dims named change the order of their positions."""
-    x, dims = c.args[0], c.arg(2, "dims", None)
-    dims = c.args[1] if dims is None or c.func.overloadpacket is aten.flip else dims
+    x = c.args[0]
+    dims = c.args[1] if c.func.overloadpacket is aten.flip else c.arg(2, "dims")
     for d in dims or range(x.dim()):
         freeze(c.of(x)[d % x.dim()], "changes its order")
     return Outcome([list(c.of(x))])
@@ -330,14 +352,27 @@ def reorder(c: Call) -> Outcome:
 def index(c: Call) -> Outcome:
     """Index some dims by tensors; the other dims stay."""
     x, indices, out = c.args[0], list(c.args[1]), c.outs[0]
-    used = [d for d, i in enumerate(indices) if i is not None]
+    used = _indexed(indices)
     for d in used:
         freeze(c.of(x)[d], "is indexed by a tensor")
-        _freeze_indices(c, indices[d])
+    for i in indices:
+        if i is not None:
+            _freeze_indices(c, i)
     kept = [p for d, p in enumerate(c.of(x)) if d not in used]
     new = [_free(s) for s in _index_shape(x, used, out)]
     at = used[0] if used == list(range(used[0], used[-1] + 1)) else 0
     return Outcome([kept[:at] + new + kept[at:]])
+
+
+def _indexed(indices: list[Tensor | None]) -> list[int]:
+    """Return the dims that are indexed; a mask takes as many as it has."""
+    used: list[int] = []
+    d = 0
+    for i in indices:
+        span = i.dim() if i is not None and i.dtype in (torch.bool, torch.uint8) else 1
+        used.extend(range(d, d + span) if i is not None else ())
+        d += span
+    return used
 
 
 def _freeze_indices(c: Call, indices: Tensor) -> None:
@@ -374,6 +409,9 @@ def pad(c: Call) -> Outcome:
             continue
         ends = [fresh(n, "is padding") if n else () for n in (before, after)]
         dims[d] = ends[0] + dims[d] + ends[1]
+    if c.arg(2, "value", 0) != 0:
+        for parts in c.of(x):
+            freeze(parts, "is padded with a number that is not zero")
     return Outcome([dims])
 
 
@@ -434,6 +472,13 @@ def spatial(c: Call) -> Outcome:
     return Outcome([[*lead, *(_free(s) for s in out.shape[kept:])] for out in c.outs])
 
 
+def sampled(c: Call) -> Outcome:
+    """Read each channel at the places that a grid lists."""
+    for parts in (c.of(c.args[0])[0], *c.of(c.args[1])):
+        freeze(parts, "is read at the places of a grid")
+    return spatial(c)
+
+
 def _spatial_dims(c: Call) -> int:
     name = c.func.overloadpacket.__name__
     return int(next(digit for digit in reversed(name.split("_with")[0]) if digit in "123"))
@@ -442,6 +487,13 @@ def _spatial_dims(c: Call) -> int:
 def reduce(c: Call) -> Outcome:
     """Keep the dims that are not reduced; the reduced ones mix their units."""
     return _reduced(c, lambda parts: freeze(parts, "mixes its units"), ())
+
+
+def norm(c: Call) -> Outcome:
+    """Reduce to a norm; the number of entries that are not zero is none."""
+    if c.arg(1, "ord", c.arg(1, "p", 2)) == 0:
+        raise Misaligned("it counts the entries that are not zero")
+    return reduce(c)
 
 
 def sum_(c: Call) -> Outcome:
@@ -463,7 +515,7 @@ def _reduced(c: Call, on: Callable[[Composition], None], over: tuple[Contracted,
 def _reduced_dims(c: Call) -> list[int]:
     x = c.args[0]
     found = c.arg(_dim_position(c), "dim")
-    if found is None or found == []:
+    if found is None or found == [] or x.dim() == 0:
         return list(range(x.dim()))
     return [d % x.dim() for d in (found if isinstance(found, list | tuple) else [found])]
 
@@ -476,6 +528,8 @@ def _dim_position(c: Call) -> int:
 def along(c: Call) -> Outcome:
     """Keep the shape; one dim mixes its positions (softmax, cumulative sums, sorting)."""
     x = c.args[0]
+    if x.dim() == 0:
+        return Outcome([[] for _ in c.outs])
     d = c.arg(_dim_position(c), "dim", -1)
     freeze(c.of(x)[d % x.dim()], "mixes its units")
     shapes = [out.shape[d % x.dim()] if out.dim() else 1 for out in c.outs]
@@ -496,6 +550,9 @@ def batch_norm(c: Call) -> Outcome:
     for t in c.args[1:5]:
         if isinstance(t, Tensor):
             unify(c.of(t)[0], c.of(x)[1])
+    for d, parts in enumerate(c.of(x)):
+        if d != 1:
+            freeze(parts, "is normalised over")
     rest = [
         [c.of(x)[1]] if o.dim() == 1 and o.shape[0] == x.shape[1] else _frozen(o)
         for o in c.outs[1:]
@@ -517,7 +574,8 @@ def layer_norm(c: Call) -> Outcome:
                 unify(c.of(t)[d], dims[x.dim() - count + d])
     for parts in dims[x.dim() - count :]:
         freeze(parts, "mixes its units")
-    return Outcome([list(dims), *(_frozen(o) for o in c.outs[1:])])
+    statistics = [*dims[: x.dim() - count], *[ONE] * count]
+    return Outcome([list(dims), *(list(statistics) for _ in c.outs[1:])])
 
 
 def group_norm(c: Call) -> Outcome:
@@ -529,7 +587,10 @@ def group_norm(c: Call) -> Outcome:
             unify(c.of(t)[0], channels)
     parts = [channels] if groups == 1 else layout.split(channels, [groups, x.shape[1] // groups])
     freeze(parts[-1] if x.shape[1] // groups > 1 else ONE, "mixes its units inside its groups")
-    return Outcome([list(c.of(x)), *(_frozen(o) for o in c.outs[1:])])
+    for space in c.of(x)[2:]:
+        freeze(space, "is normalised over")
+    statistics = [c.of(x)[0], ONE if groups == 1 < x.shape[1] else parts[0]]
+    return Outcome([list(c.of(x)), *(list(statistics) for _ in c.outs[1:])])
 
 
 # --- contractions --------------------------------------------------------------------------------
@@ -542,7 +603,11 @@ def mm(c: Call) -> Outcome:
 
 def addmm(c: Call) -> Outcome:
     """Multiply two matrices and add a bias."""
-    return _product(c, 1, 0)
+    alpha, beta = c.kwargs.get("alpha", 1), c.kwargs.get("beta", 1)
+    if beta != 1:
+        for parts in c.of(c.args[0]):
+            freeze(parts, "is multiplied before it is added")
+    return replace(_product(c, 1, 0), border=alpha != 1 or beta != 1)
 
 
 def _product(c: Call, first: int, bias: int | None) -> Outcome:
@@ -556,6 +621,8 @@ def _product(c: Call, first: int, bias: int | None) -> Outcome:
         for d in range(-added.dim(), 0):
             if added.shape[d] == c.outs[0].shape[d]:
                 unify(c.of(added)[d], out[d])
+            else:
+                freeze(c.of(added)[d], layout.ONE_ONLY)
     return Outcome(
         [out],
         (Contracted(first, len(a) - 1, a[-1]), Contracted(first + 1, len(b) - 2, b[-2])),
@@ -631,14 +698,40 @@ def attention(c: Call) -> Outcome:
     freeze(k[-2], "is attended over")
     unify(q[-1], k[-1])
     freeze(q[-1], "sets the scale of attention")
-    out = [*q[:-1], v[-1]]
-    return Outcome([out, *(_frozen(o) for o in c.outs[1:])])
+    scores = [*q[:-1], k[-2]]
+    for mask in c.tensors()[3:]:
+        _masked(c.of(mask), scores)
+    if _is_causal(c):
+        freeze(q[-2], "is attended by its order")
+    sizes = [layout.size_of(p) for p in q[:-1]]
+    rest = [
+        [*q[:-1], *(_free(n) for n in o.shape[len(sizes) :])]
+        if list(o.shape[: len(sizes)]) == sizes
+        else _frozen(o)
+        for o in c.outs[1:]
+    ]
+    return Outcome([[*q[:-1], v[-1]], *rest])
+
+
+def _masked(mask: Dims, scores: Dims) -> None:
+    """Tie the dims of what is added to attention's scores to theirs."""
+    for parts, score in zip(reversed(mask), reversed(scores), strict=False):
+        if layout.size_of(parts) == layout.size_of(score):
+            unify(parts, score)
+        else:
+            freeze(parts, layout.ONE_ONLY)
+
+
+def _is_causal(c: Call) -> bool:
+    names = [a.name for a in c.func._schema.arguments]
+    return bool(c.arg(names.index("is_causal"), "is_causal", False))
 
 
 def embedding(c: Call) -> Outcome:
     """Look up rows of a table."""
     table, indices = c.args[:2]
     freeze(c.of(table)[0], "is indexed by a tensor")
+    _freeze_indices(c, indices)
     return Outcome([[*c.of(indices), c.of(table)[1]]])
 
 
@@ -665,6 +758,7 @@ REDUCE = Row(reduce, Kind.SEPARATE, "any", True)
 MIX = Row(along, Kind.SEPARATE)
 FILL = Row(made, Kind.FILL)
 RANDOM = Row(made, Kind.RANDOM)
+DRAWN = Row(broadcast, Kind.RANDOM)
 COUNT = Row(counted, Kind.FILL)
 NORM = Row(batch_norm, Kind.NORM)
 
@@ -699,7 +793,8 @@ ROWS: dict[Any, Row] = _table(
     (Row(pixel_shuffle, **MOVE), "pixel_shuffle"),
     (Row(pixel_unshuffle, **MOVE), "pixel_unshuffle"),
     (Row(channel_shuffle, **MOVE), "channel_shuffle native_channel_shuffle"),
-    (LIKE, "clone _to_copy detach detach_ alias contiguous lift_fresh lift_fresh_copy"),
+    (Row(convert, **MOVE), "_to_copy"),
+    (LIKE, "clone detach detach_ alias contiguous lift_fresh lift_fresh_copy"),
     (Row(restride, **MOVE), "as_strided as_strided_"),
     (Row(pad, Kind.MOVE, "zero", True), "constant_pad_nd"),
     (Row(im2col, Kind.MOVE, "zero", True), "im2col"),
@@ -717,15 +812,17 @@ ROWS: dict[Any, Row] = _table(
     (POOL, "_upsample_bilinear2d_aa _upsample_bicubic2d_aa _upsample_nearest_exact2d"),
     (POOL, "reflection_pad1d reflection_pad2d reflection_pad3d"),
     (POOL, "replication_pad1d replication_pad2d replication_pad3d"),
-    (BORDERED, "avg_pool2d avg_pool3d avg_pool1d grid_sampler_2d grid_sampler_3d"),
+    (BORDERED, "avg_pool2d avg_pool3d avg_pool1d"),
+    (Row(sampled, Kind.SEPARATE, "zero", True), "grid_sampler_2d grid_sampler_3d"),
     (REDUCE, "mean amax amin max min"),
-    (Row(reduce, Kind.SEPARATE, "zero", True), "std linalg_vector_norm norm"),
+    (Row(reduce, Kind.SEPARATE, "zero", True), "std"),
+    (Row(norm, Kind.SEPARATE, "zero", True), "linalg_vector_norm norm"),
     (Row(reduce, Kind.SEPARATE, "zero"), "var prod"),
     (Row(reduce, Kind.SEPARATE), "any all argmax argmin logsumexp var_mean std_mean median"),
     (Row(sum_, Kind.SUM, "zero", True), "sum"),
     (MIX, "_softmax _log_softmax _safe_softmax cumsum sort topk cumprod argsort"),
-    (Row(same, Kind.RANDOM), "native_dropout bernoulli bernoulli_ rand_like randn_like uniform_"),
-    (Row(same, Kind.RANDOM), "normal_ randint_like rrelu_with_noise rrelu_with_noise_"),
+    (DRAWN, "native_dropout bernoulli bernoulli_ rand_like randn_like randint_like"),
+    (DRAWN, "uniform_ normal_ rrelu_with_noise rrelu_with_noise_"),
     # norms
     (NORM, "native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training"),
     (NORM, "cudnn_batch_norm miopen_batch_norm _batch_norm_with_update batch_norm_with_update"),
