@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 
 import pytest
 import torch
 import vision
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 import graphgrow as gg
 
@@ -72,6 +74,22 @@ def test_the_hidden_units_of_a_vision_transformer_widen() -> None:
     for layer in range(12):
         axis = graph.axis(f"encoder.layers.encoder_layer_{layer}.mlp.0")
         assert (axis.width, axis.obstacle) == (3072, None)
+
+
+@pytest.mark.parametrize("name", ["mobilenet_v3_small", "swin_t", "lraspp_mobilenet_v3_large"])
+def test_a_widened_model_takes_images_of_another_size_and_dtype(name: str) -> None:
+    model, images = drawn(name)
+    graph = gg.trace(model, images)
+    middle = free(graph)[len(free(graph)) // 2]
+    grown = gg.apply(graph, gg.Widen(middle.name, 3)).graph
+    larger = torch.randn(3, 3, 96, 96, dtype=torch.double)
+    assert gg.compare(model, grown, larger).relative <= 1e-10
+    for dtype in (torch.float32, torch.bfloat16):
+        before, after = (copy.deepcopy(m).to(dtype).eval() for m in (model, gg.lower(grown)))
+        with torch.no_grad():
+            found, wanted = (tree_leaves(m(larger.to(dtype)))[0] for m in (after, before))
+        assert found.dtype == dtype
+        assert (found - wanted).abs().max() <= 100 * torch.finfo(dtype).eps * wanted.abs().max()
 
 
 def test_a_stage_of_a_residual_network_is_one_axis() -> None:
