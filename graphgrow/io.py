@@ -320,7 +320,8 @@ def _filled(
         if tied != path and not torch.equal(values, saved.state[tied]):
             raise ValueError(f"'{tied}' and '{path}' are one tensor in the model, two in the file")
         if id(tensor) not in filled:
-            filled[id(tensor)] = twin(tensor, values.to(tensor.device))
+            # memory of torch's own, whose alignment the last bit of a product may depend on
+            filled[id(tensor)] = twin(tensor, values.to(tensor.device, copy=True))
     return {path: filled[id(tensor)] for path, tensor in state.items()}
 
 
