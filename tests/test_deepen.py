@@ -375,7 +375,9 @@ def test_a_matrix_that_cannot_be_undone_is_refused(scheme: Any, sentence: str) -
 
 @pytest.mark.parametrize("layer", [gg.Factor(activation="tanh"), gg.Split("tanh")])
 def test_an_activation_without_such_an_identity_is_refused(layer: Any) -> None:
-    with pytest.raises(gg.NotApplicable, match="activation 'tanh' is none of"):
+    with pytest.raises(
+        gg.NotApplicable, match="activation 'tanh' is none of those that fit; give '"
+    ):
         gg.apply(mlp().trace(), gg.Deepen("layer", layer))
 
 
@@ -619,12 +621,54 @@ def test_widening_after_deepening_in_one_go_keeps_the_function() -> None:
     assert apart(graph, gg.apply(graph, *steps).graph, mlp().x) <= EXACT
 
 
-def test_a_deeper_model_is_saved_and_loaded(tmp_path: Path) -> None:
-    net = images()
-    grown = gg.apply(net.trace(), gg.Deepen("layer", gg.Factor()), gg.Widen("layer_in", 2))
+@pytest.mark.parametrize("build", [mlp, images])
+@pytest.mark.parametrize("layer", [*LAYERS, gg.Identity(norm=True)], ids=str)
+def test_a_deeper_model_comes_back_on_a_fresh_one(build: Any, layer: Any, tmp_path: Path) -> None:
+    net = build(nn.ReLU())
+    steps = gg.Deepen("layer", layer), gg.Widen("layer_in", 2), gg.Deepen("layer_in", gg.Split())
+    grown = gg.apply(net.trace(), *steps)
     save(tmp_path / "net", grown)
-    again = load(tmp_path / "net", copy.deepcopy(net.net))
-    assert torch.equal(again(net.x), gg.lower(grown.graph)(net.x))
+    fresh = copy.deepcopy(net.net)
+    for parameter in fresh.parameters():
+        nn.init.normal_(parameter)
+    again, model = load(tmp_path / "net", fresh), gg.lower(grown.graph)
+    assert list(again.state_dict()) == list(model.state_dict())
+    assert all(torch.equal(t, again.state_dict()[key]) for key, t in model.state_dict().items())
+    for training in (True, False):
+        assert torch.equal(again.train(training)(net.x), model.train(training)(net.x))
+
+
+@pytest.mark.parametrize("build", [mlp, images])
+@pytest.mark.parametrize("layer", LAYERS, ids=str)
+def test_units_added_to_a_new_layer_can_be_removed_again(build: Any, layer: Any) -> None:
+    net = build()
+    once = gg.apply(net.trace(), gg.Deepen("layer", layer)).graph
+    axis = once.axis("layer_in")
+    added = tuple(range(axis.width, axis.width + 2))
+    twice = gg.apply(once, gg.Widen(axis.name, 2), gg.Remove(axis.name, added)).graph
+    assert str(twice) == str(once)
+    assert all(torch.equal(tensor, twice.state[path]) for path, tensor in once.state.items())
+
+
+REFUSALS: list[tuple[str, Any]] = [
+    *((at, layer) for at in ("nowhere", "act", "", "stem.weight") for layer in LAYERS),
+    ("layer", gg.Identity(2)),
+    ("layer", gg.Identity(3, groups=3)),
+    *(("layer", kind(matrix=rows)) for kind in (gg.Factor, gg.Split) for rows in MATRICES.values()),
+    *(("layer", kind(bias=(1.0,))) for kind in (gg.Factor, gg.Split)),
+    *(("layer", kind(bias=(float("nan"),) * 4)) for kind in (gg.Factor, gg.Split)),
+    *(("layer", kind(activation="tanh")) for kind in (gg.Factor, gg.Split)),
+]
+
+
+@pytest.mark.parametrize("act", [nn.GELU(), nn.BatchNorm2d(4), nn.Identity()])
+def test_a_refusal_is_one_sentence_with_place_fact_and_way_out(act: nn.Module) -> None:
+    graph = images(act).trace()
+    for at, layer in [*REFUSALS, ("layer", gg.Identity())]:
+        sentence = gg.Deepen(at, layer).obstacle(graph)
+        assert sentence is not None and sentence.startswith(f"cannot deepen at '{at}': ")
+        fact, _, way = sentence.partition("; ")
+        assert fact and way.startswith(("give ", "use ")) and "\n" not in sentence, sentence
 
 
 # ------------------------------------------------------------------------------ the activation

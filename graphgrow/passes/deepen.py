@@ -85,7 +85,10 @@ class Deepen:
 def _place(graph: Graph, path: str) -> Place:
     """Return the place of a module by any of its paths, the one that is called first."""
     if path not in graph.modules:
-        raise NotApplicable(f"cannot deepen at '{path}': the model has no such module")
+        raise NotApplicable(
+            f"cannot deepen at '{path}': the model has no such module; give one of those that "
+            "Deepen.places lists"
+        )
     module = graph.modules[path]
     found = tuple(
         (mode, node)
@@ -152,10 +155,15 @@ def _made(
     for name, value in values.items():
         assert like is not None
         kind = like.dtype if value.is_floating_point() else value.dtype
-        moved = value.to(device=like.device, dtype=kind)
+        moved = _plain(value.to(device=like.device, dtype=kind))
         learned = name in module._parameters
         tensors[name] = nn.Parameter(moved, like.requires_grad) if learned else moved
     return template, tensors
+
+
+def _plain(values: Tensor) -> Tensor:
+    """Return a tensor with the strides that a loaded one has, on which kernels may depend."""
+    return values.clone(memory_format=torch.contiguous_format)
 
 
 def _names(place: Place, parts: tuple[Part, ...]) -> dict[str, str]:
@@ -189,7 +197,7 @@ def _replaced(place: Place, found: Insertion) -> tuple[dict[str, nn.Module], dic
         modules = {p: fresh if m is module else m for p, m in modules.items()}
     for name, values in found.tensors.items():
         old = graph.state[f"{place.path}.{name}"]
-        new = twin(old, values.to(device=old.device, dtype=old.dtype).contiguous())
+        new = twin(old, _plain(values.to(device=old.device, dtype=old.dtype)))
         state.update(dict.fromkeys(_paths(place, name), new))
     return modules, state
 

@@ -132,7 +132,8 @@ def _sources(place: Place) -> tuple[list[tuple[str, fx.Node]], fx.Node]:
         return list(place.calls), place.calls[0][1]
     if not is_layer(place.module):
         place.refuse(
-            f"{place.kind} is neither a linear nor a convolution layer nor an idempotent activation"
+            f"{place.kind} is neither a linear nor a convolution layer nor an idempotent "
+            "activation; give the path of one"
         )
     values = [(mode, first_input(node)) for mode, node in place.calls]
     found = [_activation(place, value) for _, value in values]
@@ -193,7 +194,10 @@ def _extent(place: Place, values: list[tuple[str, fx.Node]]) -> tuple[int, int]:
         return width(module), weight.dim() - 2
     found = {_shape(place, mode, node) for mode, node in values}
     if len(found) > 1:
-        place.refuse(f"its calls give values of different shapes {sorted(found)}")
+        place.refuse(
+            f"its calls give values of different shapes, (units, dims of space) {sorted(found)}; "
+            "give the path of a layer that reads one of them"
+        )
     return found.pop()
 
 
@@ -226,7 +230,10 @@ def _like(place: Place, values: list[tuple[str, fx.Node]]) -> Tensor:
             here = node.target in ((owner,) if node.op == "call_module" else (path,))
             if here and isinstance(tensor, nn.Parameter) and tensor.is_floating_point():
                 return tensor
-    place.refuse("no weight stands before it, whose type a new layer could have")
+    place.refuse(
+        "no weight stands before it, whose type a new layer could have; "
+        "give the path of the layer that reads it"
+    )
 
 
 def _upstream(node: fx.Node) -> Iterator[fx.Node]:
@@ -271,7 +278,9 @@ def _norm(place: Place, values: list[tuple[str, fx.Node]], channels: int, spatia
     mode, _ = values[0]
     found = _on_examples(place, mode, [node for m, node in values if m == mode])
     if any(value.dim() != spatial + 2 for value in found):
-        place.refuse(f"batch norm needs values of {spatial + 2} dims, (batch, units, ...)")
+        place.refuse(
+            f"batch norm needs values of {spatial + 2} dims, (batch, units, ...); give norm=False"
+        )
     entries = torch.cat([value.double().movedim(1, 0).flatten(1) for value in found], 1).cpu()
     if entries.shape[1] < 2:
         place.refuse("batch norm needs more than one value of each unit; trace with a larger batch")

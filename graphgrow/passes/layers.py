@@ -100,7 +100,9 @@ class Split:
 
 def _check_choice(place: Place, given: str, choices: tuple[str, ...]) -> None:
     if given not in choices:
-        place.refuse(f"activation '{given}' is none of {', '.join(map(repr, choices))}")
+        place.refuse(
+            f"activation '{given}' is none of those that fit; give {', '.join(map(repr, choices))}"
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,9 +165,9 @@ def _tensor(place: Place, numbers: Any, what: str) -> Tensor:
     try:
         found = torch.tensor(numbers, dtype=torch.double)
     except (TypeError, ValueError):
-        place.refuse(f"the {what} is no table of numbers with equal rows")
+        place.refuse(f"the {what} is no table of numbers with equal rows; give one that is")
     if not bool(found.isfinite().all()):
-        place.refuse(f"the {what} has entries that are not finite")
+        place.refuse(f"the {what} has entries that are not finite; give numbers that are")
     return found
 
 
@@ -177,7 +179,10 @@ def _bias(place: Place, given: tuple[float, ...] | None, groups: int, units: int
         return torch.zeros(groups, units, dtype=torch.double) if is_offset else None
     bias = _tensor(place, given, "bias")
     if bias.shape != (groups * units,):
-        place.refuse(f"the bias has {bias.numel()} numbers, the new layer {groups * units} units")
+        place.refuse(
+            f"the bias has {bias.numel()} numbers, the new layer {groups * units} units; "
+            "give one for each"
+        )
     if not place.has("bias"):
         place.refuse(f"{place.kind} has no bias to fold that of the new layer into; give none")
     # the border of a padded convolution would read zeros, where the inside reads the bias

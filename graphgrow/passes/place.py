@@ -108,13 +108,19 @@ def weight_of(place: Place) -> Tensor:
     for path, tensor in state.items():
         owner = path.rpartition(".")[0]
         if id(tensor) in own and place.graph.modules.get(owner) is not module:
-            place.refuse(f"its tensors are tied to '{path}', which would change with them")
+            place.refuse(
+                f"its tensors are tied to '{path}', which would change with them; give another "
+                "layer, or Identity() where it reads what an idempotent activation gives"
+            )
     for structure in (place.graph.train, place.graph.eval):
         for node in structure.nodes:
             if node.op == "get_attr" and id(state.get(str(node.target))) in own:
-                place.refuse(f"the model's own code reads its '{node.target}' as well")
+                place.refuse(
+                    f"the model's own code reads its '{node.target}' as well; give another layer, "
+                    "or Identity() where it reads what an idempotent activation gives"
+                )
     if not weight.is_floating_point():
-        place.refuse(f"its weight is of type {weight.dtype}")
+        place.refuse(f"its weight is of type {weight.dtype}; give a layer of real numbers")
     return weight
 
 
