@@ -31,7 +31,7 @@ class Factor:
     matrix, drawn anew for each group, the best conditioned there is. Q is a linear layer, or for a
     convolution a 1×1 convolution with the same groups; it gets a `bias` where one is given, folded
     out of the old one, and else in a linear layer with a bias, one of zeros. `activation` is
-    "rational" (`nn.Rational`) or "prelu" (slope 1).
+    "rational" (`nn.Rational`) or "prelu" (slope 1, which learns from negative values alone).
 
     Source: Mitchell, Mundt, Kersting (2023), Self Expanding Neural Networks, section 3.
     """
