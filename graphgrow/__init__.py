@@ -6,6 +6,7 @@ from graphgrow.ir.analyse import Axis
 from graphgrow.ir.graph import Graph
 from graphgrow.ir.lower import lower
 from graphgrow.ir.trace import trace
+from graphgrow.optim.adarad import AdaRad, AdaRadM
 from graphgrow.optim.clocks import resume
 from graphgrow.optim.migrate import migrate
 from graphgrow.passes.apply import apply
@@ -22,6 +23,8 @@ from graphgrow.version import __version__
 
 __all__ = [
     "Absorb",
+    "AdaRad",
+    "AdaRadM",
     "Axis",
     "Copy",
     "Deepen",

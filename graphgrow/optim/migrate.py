@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from graphgrow.optim.adarad import AdaRad
 from graphgrow.optim.clocks import Entrywise, gathered_up, resume, row_of, spread
 from graphgrow.passes.rewrite import Grown, TensorOrigin
 from graphgrow.passes.units import gather, is_new
@@ -32,10 +33,11 @@ def migrate(optimizer: Optimizer, grown: Grown) -> None:
     optimizer: state zero and age zero, and Adam, AdamW, NAdam, RAdam and Adamax correct its bias by
     its own age (see `clocks`). SGD, RMSprop, Adagrad and Adadelta have no such correction; SGD with
     dampening damps the first gradient of a new entry, and Adagrad's `lr_decay` follows the age of
-    the parameter. A new parameter joins the group of its nearest relative by path; where the
-    relatives are not in the optimizer, it is not either. Gradients that wait for a step move along,
-    with zeros for new entries. `TensorOrigin.scale` is not applied to state: whether a gradient
-    shrinks (rescaling) or stays (splitting) is not known from it.
+    the parameter. AdaRad's state of whole fan-ins follows their units. A new parameter joins the
+    group of its nearest relative by path; where the relatives are not in the optimizer, it is not
+    either. Gradients that wait for a step move along, with zeros for new entries.
+    `TensorOrigin.scale` is not applied to state: whether a gradient shrinks (rescaling) or stays
+    (splitting) is not known from it.
 
     An optimizer of another class is taken if its states have the parameter's shape and it counts
     nothing; one that counts needs a row in `graphgrow.optim.clocks.ENTRYWISE`.
@@ -54,10 +56,13 @@ def migrate(optimizer: Optimizer, grown: Grown) -> None:
             state = _state_of_new(parameter, optimizer, index)
             groups[index].append(_Entry(path, parameter, state))
     gradients = list(_gradients(grown))
+    carried = optimizer.carry(grown) if isinstance(optimizer, AdaRad) else None
     # Everything is known to fit: from here on nothing raises.
     _write(optimizer, groups)
     for parameter, gradient in gradients:
         parameter.grad = gradient
+    if carried is not None:
+        carried()
     resume(optimizer)
 
 
