@@ -15,8 +15,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from strategies import (
     Drawn,
+    Network,
     axes,
     deepenings,
+    fill,
     networks,
     requests,
     sequences,
@@ -141,6 +143,15 @@ def check_sequence(net: Drawn, graph: gg.Graph, steps: tuple[Any, ...]) -> None:
         assert (path in origin) == (path in once.origin)
         if path in origin:
             check_same_origin(origin[path], once.origin[path], once.graph.state[path].shape)
+
+
+def test_the_last_of_several_groups_is_an_ordinary_layer() -> None:
+    layers = [nn.Conv2d(2, 3, 1), nn.Conv2d(3, 3, 3, groups=3, bias=False), nn.Conv2d(3, 1, 1)]
+    net = Drawn(fill(Network(layers).double(), 0), (2, 4, 4))
+    with torch.no_grad():
+        layers[2].weight[:, :2] = 0
+    steps = gg.Remove("blocks.0", (0, 1)), gg.Widen("blocks.0", 2), gg.Widen("blocks.1", 1)
+    check_sequence(net, net.trace(), steps)
 
 
 def check_same_origin(one: TensorOrigin, two: TensorOrigin, shape: torch.Size) -> None:
