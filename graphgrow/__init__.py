@@ -6,11 +6,15 @@ from graphgrow.ir.analyse import Axis
 from graphgrow.ir.graph import Graph
 from graphgrow.ir.lower import lower
 from graphgrow.ir.trace import trace
+from graphgrow.moments import moments
 from graphgrow.optim.adarad import AdaRad, AdaRadM
 from graphgrow.optim.clocks import resume
+from graphgrow.optim.fans import Fans, fan_ins, fan_outs
 from graphgrow.optim.migrate import migrate
+from graphgrow.optim.penalties import penalty, shrink
 from graphgrow.passes.apply import apply
 from graphgrow.passes.candidates import candidates
+from graphgrow.passes.cap import Cap
 from graphgrow.passes.deepen import Deepen
 from graphgrow.passes.identity import Identity
 from graphgrow.passes.layers import Factor, Split
@@ -26,9 +30,11 @@ __all__ = [
     "AdaRad",
     "AdaRadM",
     "Axis",
+    "Cap",
     "Copy",
     "Deepen",
     "Factor",
+    "Fans",
     "Given",
     "Graph",
     "Grown",
@@ -46,10 +52,15 @@ __all__ = [
     "apply",
     "candidates",
     "compare",
+    "fan_ins",
+    "fan_outs",
     "load",
     "lower",
     "migrate",
+    "penalty",
+    "moments",
     "resume",
     "save",
+    "shrink",
     "trace",
 ]

@@ -1,0 +1,142 @@
+"""Running a graph forward and backward while its contractions are watched.
+
+Parameters take part as they are, but detached: no gradient of theirs is computed or written. What
+is watched is what each weight reads, and the gradient of the loss at what it writes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+
+from graphgrow.ir.assemble import assemble
+from graphgrow.ir.graph import Graph
+from graphgrow.ir.rules import Kind, row_of
+from graphgrow.measure.routes import Product
+
+Desired = Callable[[Product, Mapping[Product, Tensor], Tensor], None]
+"""Takes a use of a weight, what each use read, and the gradient of the loss at its output."""
+
+
+class Capture:
+    """One graph in one mode, ready to be run over batches."""
+
+    def __init__(self, graph: Graph, mode: str, watched: Collection[Product]) -> None:
+        self.structure = graph.train if mode == "train" else graph.eval
+        self.tree = assemble(graph.modules, graph.leaves, _apart(graph.state))
+        self.tree.train(mode == "train")
+        self.devices = {t.device for t in graph.state.values() if t.device.type != "cpu"}
+        self.calls: dict[str, list[tuple[Any, Product | None]]] = {}
+        known = {id(product.step): product for product in watched}
+        for step in graph.analysis.steps:
+            if step.mode == mode and step.row.kind in (Kind.CONTRACT, Kind.GATHER):
+                call = step.func.overloadpacket, known.get(id(step))
+                self.calls.setdefault(step.node, []).append(call)
+
+    def run(
+        self,
+        inputs: tuple[Any, ...],
+        target: Any,
+        loss: Callable[[Any, Any], Tensor],
+        wanted: Collection[Product],
+        desired: Desired,
+    ) -> float:
+        """Return the loss of a batch; `desired` is called in the backward pass for `wanted`."""
+        run = _Run(self, wanted, desired)
+        with torch.random.fork_rng([d.index or 0 for d in self.devices]), torch.enable_grad():
+            output = run.run(*tree_map(_plain, inputs))
+            value = loss(output, target)
+            if run.anchors and value.requires_grad:
+                torch.autograd.grad(value, run.anchors, allow_unused=True)
+        return float(value.detach())
+
+
+def _apart(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors without gradients, buffers copied, tied ones still one tensor."""
+    made: dict[int, Tensor] = {}
+    for tensor in state.values():
+        if id(tensor) not in made:
+            own = tensor.detach()
+            made[id(tensor)] = (
+                nn.Parameter(own, requires_grad=False)
+                if isinstance(tensor, nn.Parameter)
+                else own.clone()
+            )
+    return {path: made[id(tensor)] for path, tensor in state.items()}
+
+
+def _plain(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else value
+
+
+class _Run(fx.Interpreter):
+    """One forward pass: knows which node runs and taps the outputs that gradients are wanted of."""
+
+    def __init__(self, capture: Capture, wanted: Collection[Product], desired: Desired) -> None:
+        super().__init__(capture.tree, graph=capture.structure)
+        self.extra_traceback = False
+        self.calls, self.desired = capture.calls, desired
+        self.wanted = {product.step.node: product for product in wanted}
+        self.read: dict[Product, Tensor] = {}
+        self.anchors: list[Tensor] = []
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Return the value of a node, its contractions watched."""
+        expected = self.calls.get(n.name)
+        if expected is None:
+            return super().run_node(n)
+        with _Watch(n.name, expected, self.read) as watch:
+            result = super().run_node(n)
+        watch.finish()
+        product = self.wanted.get(n.name)
+        return result if product is None else self._tapped(product, result)
+
+    def _tapped(self, product: Product, result: Tensor) -> Tensor:
+        if not result.requires_grad:
+            anchor = torch.zeros((), dtype=result.dtype, device=result.device, requires_grad=True)
+            self.anchors.append(anchor)
+            result = result + anchor
+        result.register_hook(lambda found: self.desired(product, self.read, found.detach()))
+        return result
+
+
+class _Watch(TorchDispatchMode):
+    """Notes what the contractions of one node read, in the order that the analysis saw them."""
+
+    def __init__(self, node: str, expected: list[Any], read: dict[Product, Tensor]) -> None:
+        super().__init__()
+        self.node, self.expected, self.read, self.count = node, expected, read, 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        row = row_of(func)
+        if row is not None and row.kind in (Kind.CONTRACT, Kind.GATHER):
+            self._note(func, args)
+        return func(*args, **(kwargs or {}))
+
+    def _note(self, func: Any, args: tuple[Any, ...]) -> None:
+        if self.count >= len(self.expected) or self.expected[self.count][0] != func.overloadpacket:
+            raise self._surprise(f"it calls '{func.overloadpacket}'")
+        product = self.expected[self.count][1]
+        self.count += 1
+        if product is not None:
+            tensors = [a for a in args if isinstance(a, Tensor)]
+            others = [s for s, _ in product.step.contracted if s != product.slot]
+            self.read[product] = tensors[1 if product.embeds else others[0]].detach()
+
+    def finish(self) -> None:
+        """Check that every contraction that the analysis saw was seen."""
+        if self.count != len(self.expected):
+            raise self._surprise(f"it makes {self.count} contractions of {len(self.expected)}")
+
+    def _surprise(self, fact: str) -> RuntimeError:
+        return RuntimeError(
+            f"cannot measure '{self.node}': {fact} on this batch, unlike on the example inputs; "
+            "trace with example inputs like the batches"
+        )

@@ -1,0 +1,330 @@
+"""How the units of an axis get from the layers that write them to the layers that read them.
+
+Moments join what producers read with what consumers want, position by position. That is possible
+where units keep their positions on the way, or are flattened into a linear layer, and where what
+happens to them is linear up to the slope of activations: no product of two of them, no maximum.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from graphgrow.errors import NotApplicable
+from graphgrow.ir.analyse import Analysis, Axis, Slot, Step
+from graphgrow.ir.graph import Graph
+from graphgrow.ir.rules import Kind, aten
+from graphgrow.measure.patches import Pool, Window
+
+
+@dataclass(frozen=True)
+class Product:
+    """One use of a weight: its step, its slot there, its dim of outputs, and how it reads space.
+
+    `window` is None for linear layers and embeddings. `bias` is the path of what is added.
+    """
+
+    step: Step
+    weight: str
+    slot: int
+    out: int
+    window: Window | None = None
+    bias: str | None = None
+
+    @property
+    def embeds(self) -> bool:
+        """Whether it looks up rows."""
+        return self.step.row.kind is Kind.GATHER
+
+
+@dataclass(frozen=True)
+class Feed:
+    """One way from a producer to a consumer: the producer's use and the linear pooling between."""
+
+    product: Product
+    pools: tuple[Pool, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Read:
+    """One use of a consumer and what feeds it.
+
+    `flat` is the number of positions that were flattened into the units' dim, 0 where none were.
+    """
+
+    product: Product
+    feeds: frozenset[Feed]
+    flat: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Route:
+    """All ways of one axis in one mode, by producers and consumers in the order of the axis.
+
+    `parts` is the number of channels that one unit has, each with weights of its own: above 1
+    inside the groups of a convolution.
+    """
+
+    axis: str
+    parts: int
+    writes: Mapping[str, tuple[Product, ...]]
+    reads: Mapping[str, tuple[Read, ...]]
+
+
+def route(graph: Graph, name: str, mode: str = "eval") -> Route:
+    """Return how the units of an axis get from its producers to its consumers.
+
+    Raises:
+        NotApplicable: where they do not keep their positions, or meet one another on the way.
+    """
+    axis = graph.axis(name)
+    if axis.obstacle is not None:
+        raise NotApplicable(axis.obstacle.replace("cannot widen", "cannot measure", 1))
+    return _Walk(graph.analysis, axis, mode).run()
+
+
+def products(analysis: Analysis, mode: str) -> dict[int, Product]:
+    """Return every use of a weight in one mode, by the index of its step."""
+    found = {i: _product(analysis, s) for i, s in enumerate(analysis.steps) if s.mode == mode}
+    return {i: product for i, product in found.items() if product is not None}
+
+
+def _product(analysis: Analysis, step: Step) -> Product | None:
+    kind, name = step.row.kind, step.func.overloadpacket
+    if kind is Kind.GATHER:
+        source = analysis.sources.get(step.inputs[0])
+        return Product(step, source.path, 0, 1) if source and source.dims else None
+    if kind is not Kind.CONTRACT:
+        return None
+    slots = [slot for slot in {s for s, _ in step.contracted} if slot != step.bias]
+    weights = [s for s in slots if step.inputs[s] in analysis.sources]
+    if len(slots) != 2 or len(weights) != 1:
+        return None
+    (slot,) = weights
+    source = analysis.sources[step.inputs[slot]]
+    added = None if step.bias is None else analysis.sources.get(step.inputs[step.bias])
+    bias = None if added is None else added.path
+    if name in _CONVOLUTIONS and not step.args[6]:
+        window = Window(*(tuple(step.args[i]) for i in (3, 4, 5)), groups=step.args[8])
+        return Product(step, source.path, slot, 0, window, bias)
+    if name not in _MATRICES or slot != max(slots) or not source.dims or len(source.dims) != 2:
+        return None
+    read = next(source.dims[dim] for s, dim in step.contracted if s == slot)
+    return Product(step, source.path, slot, 1 - read, None, bias)
+
+
+_CONVOLUTIONS = {aten.convolution, aten._convolution}
+_MATRICES = {aten.mm, aten.addmm, aten.linear}
+
+
+@dataclass(frozen=True, eq=False)
+class _Carried:
+    """What one value carries of an axis: which feeds, and how many positions in the units' dim."""
+
+    feeds: frozenset[Feed]
+    flat: int = 0
+
+
+@dataclass(eq=False)
+class _Walk:
+    """Follows the units of an axis through the steps of one mode."""
+
+    analysis: Analysis
+    axis: Axis
+    mode: str
+    carried: dict[int, _Carried] = field(default_factory=dict)
+    writes: dict[str, list[Product]] = field(default_factory=dict)
+    reads: dict[str, list[Read]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.held = self.analysis.holding[self.axis.name]
+        self.products = products(self.analysis, self.mode)
+
+    def run(self) -> Route:
+        for index, step in enumerate(self.analysis.steps):
+            if step.mode == self.mode:
+                self._step(step, self.products.get(index))
+        if not self.reads:
+            raise self._refusal("no layer reads what it writes")
+        parts = {self._parts(p.step.outputs[0]) for ps in self.writes.values() for p in ps}
+        if len(parts) != 1:
+            raise self._refusal("its producers write different numbers of channels for a unit")
+        writes = {path: tuple(self.writes[path]) for path in self._ordered(self.writes)}
+        reads = {path: tuple(self.reads[path]) for path in self._ordered(self.reads)}
+        return Route(self.axis.name, parts.pop(), writes, reads)
+
+    def _ordered(self, found: Mapping[str, Any]) -> list[str]:
+        order = [at.path for at in (*self.axis.producers, *self.axis.consumers)]
+        return sorted(found, key=lambda path: order.index(path) if path in order else len(order))
+
+    def _refusal(self, fact: str) -> NotApplicable:
+        name, width = self.axis.name, self.axis.width
+        return NotApplicable(f"cannot measure axis '{name}' ({width} units): {fact}")
+
+    def _step(self, step: Step, product: Product | None) -> None:
+        incoming = [s for s, number in enumerate(step.inputs) if number in self.carried]
+        meets = any(self.axis.name in over for over in step.contracted.values())
+        if incoming and meets:
+            self._read(step, product, incoming)
+        elif incoming and any(o in self.held for o in step.outputs):
+            self._pass(step, incoming)
+        elif incoming:
+            raise self._refusal(f"it is lost in {step.where}")
+        if product is not None and step.outputs[0] in self.held and self._writes(step, product):
+            self._write(step, product)
+
+    def _writes(self, step: Step, product: Product) -> bool:
+        """Return whether the weight, not the activation alone, gives the output its units."""
+        weight = self.analysis.values[step.inputs[product.slot]]
+        if self.axis.name in step.batched:
+            raise self._refusal(f"{step.where} has filters of its own for each unit")
+        dims = {dim for slot, dim in step.contracted if slot == product.slot}
+        return any(
+            self.axis.name in layout.axes() for d, layout in enumerate(weight) if d not in dims
+        )
+
+    def _write(self, step: Step, product: Product) -> None:
+        self._grouped(product, step.outputs[0])
+        self.writes.setdefault(product.weight, []).append(product)
+        self.carried[step.outputs[0]] = _Carried(frozenset([Feed(product)]))
+
+    def _read(self, step: Step, product: Product | None, incoming: list[int]) -> None:
+        if product is None or len(incoming) != 1:
+            raise self._refusal(f"{step.where} reads it with something else than a plain weight")
+        carried = self.carried[step.inputs[incoming[0]]]
+        if carried.flat and product.window is not None:
+            raise self._refusal(f"{step.where} convolves positions that were flattened")
+        self._grouped(product, step.inputs[incoming[0]])
+        self._hooked(step)
+        read = Read(product, carried.feeds, carried.flat)
+        self.reads.setdefault(product.weight, []).append(read)
+
+    def _grouped(self, product: Product, number: int) -> None:
+        """Refuse groups that are not the parts of each unit."""
+        if product.window and product.window.groups not in (1, self._parts(number)):
+            raise self._refusal(f"{product.step.where} has groups that cut through its units")
+
+    def _hooked(self, step: Step) -> None:
+        """Refuse a layer whose output is not that of its node up to a view and a bias."""
+        value = self.analysis.nodes.get((step.mode, step.node))
+        reached = set(step.outputs)
+        for later in self.analysis.steps:
+            same = later.mode == step.mode and later.node == step.node
+            if same and reached & set(later.inputs) and later.func.overloadpacket in _LAST:
+                reached.update(later.outputs)
+        if not isinstance(value, Slot) or value.number not in reached:
+            raise self._refusal(f"{step.where} computes more than one layer in one call")
+
+    def _pass(self, step: Step, incoming: list[int]) -> None:
+        """Note what the outputs of a step carry that neither writes nor reads the units."""
+        carried = [self.carried[step.inputs[s]] for s in incoming]
+        for number in step.outputs:
+            if number in self.held:
+                feeds = self._passed(step, step.inputs[incoming[0]], number, carried)
+                self.carried[number] = feeds
+
+    def _passed(self, step: Step, before: int, after: int, carried: list[_Carried]) -> _Carried:
+        kind, name, first = step.row.kind, step.func.overloadpacket, carried[0]
+        if kind is Kind.POINTWISE:
+            return _Carried(self._joined(step, carried), first.flat)
+        if kind is Kind.NORM or name is aten.native_dropout:
+            return first
+        if kind is Kind.SEPARATE and name in _POOLS and not first.flat:
+            return _Carried(self._pooled(step, before, first))
+        if kind is Kind.MOVE and name in _MOVES and len(carried) == 1:
+            return self._moved(step, before, after, first)
+        raise self._refusal(f"{step.where} ('{name.__name__}') {_WHY}")
+
+    def _pooled(self, step: Step, number: int, carried: _Carried) -> frozenset[Feed]:
+        """Return the feeds after a linear pooling, which patches can go through as units do."""
+        before, after = self._dim(number), self._dim(step.outputs[0])
+        if before == 0:
+            raise self._refusal(f"{step.where} pools it with its units first")
+        positions = self._lattice(number)[1:]
+        pool = Pool(step.func, step.args[1:], step.kwargs, before, after, positions)
+        return frozenset(Feed(f.product, (*f.pools, pool)) for f in carried.feeds)
+
+    def _joined(self, step: Step, carried: list[_Carried]) -> frozenset[Feed]:
+        """Return what a pointwise operator passes on: one input's units, or the sum of several."""
+        name = step.func.overloadpacket
+        added = name in _SUMS and "alpha" not in step.kwargs
+        if len(carried) > 1 and not added:
+            raise self._refusal(f"{step.where} ('{name.__name__}') multiplies it with itself")
+        shapes = {self._lattice(n) for n in step.inputs if n in self.carried}
+        ways = [f.product for c in carried for f in c.feeds]
+        if (
+            len(shapes) > 1
+            or len({c.flat for c in carried}) > 1
+            or len({*map(id, ways)}) < len(ways)
+        ):
+            raise self._refusal(f"{step.where} adds it to itself at another place")
+        for number in step.inputs:
+            plain = number in self.carried or number in self.analysis.sources
+            if not plain and name not in _SUMS and self.analysis.values[number]:
+                raise self._refusal(f"{step.where} ('{name.__name__}') multiplies it with data")
+        return frozenset(f for c in carried for f in c.feeds)
+
+    def _moved(self, step: Step, number: int, out: int, carried: _Carried) -> _Carried:
+        """Return what a move keeps: positions in their order, or flattened into the units' dim."""
+        before, after = self._lattice(number), self._lattice(out)
+        parts, places = self._parts(number), self._parts(out)
+        if parts == places and math.prod(before) == math.prod(after):
+            if self._in_order(step, number):
+                return carried
+        elif parts == 1 and before[:1] == after and places == math.prod(before[1:]):
+            layout = self.analysis.values[out][self._dim(out)]
+            first = next(t for t in layout.terms if self.axis.name in t)[0]
+            if first == self.axis.name and not carried.flat:
+                return _Carried(carried.feeds, places)
+        raise self._refusal(f"{step.where} moves its positions to other places")
+
+    def _in_order(self, step: Step, number: int) -> bool:
+        """Return whether a move keeps the order of all dims but the units'."""
+        dims = list(range(len(self.analysis.values[number])))
+        name = step.func.overloadpacket.__name__
+        if name in ("transpose", "t", "transpose_"):
+            i, j = (0, 1) if name == "t" else step.args[1:3]
+            dims[i], dims[j] = dims[j], dims[i]
+        elif name == "permute":
+            dims = [d % len(dims) for d in step.args[1]]
+        kept = [d for d in dims if d != self._dim(number)]
+        return kept == sorted(kept)
+
+    def _dim(self, number: int) -> int:
+        dims = [d for d, x in enumerate(self.analysis.values[number]) if self.axis.name in x.axes()]
+        if len(dims) != 1:
+            raise self._refusal("one value has it in two dims")
+        return dims[0]
+
+    def _parts(self, number: int) -> int:
+        layout = self.analysis.values[number][self._dim(number)]
+        units = layout.units(self.analysis.widths(), self.axis.name)
+        return int((units == 0).sum())
+
+    def _lattice(self, number: int) -> tuple[int, ...]:
+        """Return the sizes of all dims of a value but the units', ones left out."""
+        at, widths = self._dim(number), self.analysis.widths()
+        sizes = [x.size(widths) for d, x in enumerate(self.analysis.values[number]) if d != at]
+        return tuple(sizes)
+
+
+_WHY = "does not pass each unit on at its place and in proportion"
+_LAST = {aten.view, aten._unsafe_view, aten.add, aten.add_}
+_SUMS = {aten.add, aten.add_}
+_MOVES = {
+    getattr(aten, name)
+    for name in (
+        "view _unsafe_view reshape _reshape_alias transpose t permute unsqueeze squeeze expand cat "
+        "split split_with_sizes chunk slice _to_copy clone detach alias contiguous lift_fresh"
+    ).split()
+}
+_POOLS = {
+    getattr(aten, name)
+    for name in (
+        "avg_pool1d avg_pool2d avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d "
+        "adaptive_avg_pool1d mean upsample_nearest1d upsample_nearest2d upsample_nearest3d "
+        "upsample_linear1d upsample_bilinear2d upsample_trilinear3d"
+    ).split()
+}
