@@ -481,6 +481,10 @@ class _Settled:
     def _add_roles(self, step: Step, outcome: Outcome, slot: int, source: Source) -> None:
         tensor = self.watch.state[source.path]
         over = {c.dim: set(layout.leaves(c.over)) for c in outcome.contracted if c.slot == slot}
+        # of two parameters that meet, the first is what the second reads
+        met = any(
+            c.slot > slot and step.inputs[c.slot] in self.watch.sources for c in outcome.contracted
+        )
         summed = set().union(*over.values()) if over else set()
         batched = set(layout.leaves(outcome.batched))
         first = self.watch.of(tensor)
@@ -488,7 +492,7 @@ class _Settled:
             for atom in layout.leaves(parts):
                 at = source.dims.index(d) if source.dims and d in source.dims else None
                 here = over.get(at, set()) if at is not None else summed
-                role = _role(step, slot, d, atom in here, atom in batched)
+                role = _role(step, slot, d, atom in here and not met, atom in batched)
                 known = self.roles.setdefault(atom, {})
                 key = ParameterDim(source.path, d)
                 if role == "producer":
@@ -498,14 +502,14 @@ class _Settled:
                     known[key] = role
 
     def _name_axes(self) -> None:
-        for wanted in ("producer", "consumer", "carrier"):
+        """Name each axis after what first writes it, else after what reads or carries it."""
+        for atom, key in self.written_by.items():
+            if self._is_axis(atom):
+                self.names[atom] = self._name(atom, key, "producer")
+        for wanted in ("consumer", "carrier"):
             for atom, roles in self.roles.items():
-                if atom in self.names or not self._is_axis(atom):
-                    continue
                 key = next((k for k, role in roles.items() if role == wanted), None)
-                if wanted == "producer":  # a tied weight may write an axis and read it later
-                    key = self.written_by.get(atom)
-                if key is not None:
+                if key is not None and atom not in self.names and self._is_axis(atom):
                     self.names[atom] = self._name(atom, key, wanted)
         order = {atom: i for i, atom in enumerate(self.roles)}
         self.names = dict(sorted(self.names.items(), key=lambda item: order[item[0]]))
@@ -536,7 +540,8 @@ class _Settled:
 
         producers, consumers, carriers = of("producer"), of("consumer"), of("carrier")
         reason = atom.frozen
-        if reason is None and not self._learns(producers + carriers):
+        written = [self.written_by[atom]] if atom in self.written_by else []
+        if reason is None and not self._learns((*written, *producers, *carriers)):
             reason = "is written by no parameter"
         if reason is None and name not in summed:
             reason = "is summed over nowhere"

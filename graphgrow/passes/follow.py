@@ -153,7 +153,9 @@ class Follower:
             touched = [v for v in step.inputs + step.outputs if self._has(v)]
             if touched:
                 content = self._through(step)
-                for number in step.outputs:
+                # what stands beside the first output of a computation (indices, say) is not known
+                alike = step.outputs if step.row.kind is Kind.MOVE else step.outputs[:1]
+                for number in alike:
                     if content is not None and self._has(number):
                         self.contents[number] = content
         return self
@@ -264,6 +266,8 @@ class Follower:
         if not held:
             return self.arbitrary()
         joined, row = self._joined(held), step.row
+        if _draws(step):
+            return self.arbitrary()
         lost = joined.constant() & (joined.scale != 0) & (row.keeps != "any")
         lost |= joined.constant() & (row.keeps == "none")
         if not row.homogeneous:
@@ -544,12 +548,13 @@ class Follower:
         return 0.0 if scale == 1 else self._eps()
 
     def _bias(self, step: Step) -> Tensor | None:
-        """Return a contraction's bias by unit, zeros without one, None where it is computed."""
-        none = torch.zeros(len(self.resized.units), 1, dtype=torch.double)
-        if step.bias is None or not self._has(step.inputs[step.bias]):
-            return none
+        """Return a contraction's bias by unit, zeros without one, None where it is not known."""
+        if step.bias is None:
+            return torch.zeros(len(self.resized.units), 1, dtype=torch.double)
         source = self._source(step, step.bias)
-        return None if source is None else self._entries(source)
+        if source is None or not self._has(step.inputs[step.bias]):
+            return None
+        return self._entries(source)
 
     # --- contractions
 
@@ -598,7 +603,16 @@ def _close(a: Tensor, b: Tensor, eps: float) -> bool:
 
 def _uses_batch(step: Step) -> bool:
     flags = [a for a in step.args if isinstance(a, bool)]
-    return flags[0] if flags else "no_stats" in str(step.func) or "update" in str(step.func)
+    name = str(step.func)
+    return flags[0] if flags else "no_stats" in name or "with_update" in name
+
+
+def _draws(step: Step) -> bool:
+    """Return whether a step drops entries at random beside what it computes (attention)."""
+    names = [a.name for a in step.func._schema.arguments]
+    at = names.index("dropout_p") if "dropout_p" in names else len(step.args)
+    given = step.args[at] if at < len(step.args) else step.kwargs.get("dropout_p", 0.0)
+    return isinstance(given, float) and given > 0
 
 
 def _fill_value(step: Step) -> float | None:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import fields, is_dataclass
 from typing import Any
 
+from graphgrow.passes.cap import Cap
 from graphgrow.passes.deepen import Deepen
 from graphgrow.passes.identity import Identity
 from graphgrow.passes.layers import Factor, Split
@@ -19,7 +20,7 @@ _KINDS: dict[str, Any] = {
     for kind in (
         *(Widen, ZeroOutgoing, ZeroIncoming, Pairs, Copy, Given),
         *(Deepen, Identity, Factor, Split),
-        *(Remove, Absorb),
+        *(Remove, Absorb, Cap),
     )
 }
 

@@ -157,19 +157,34 @@ def _sizes(first: int) -> Callable[[_Edits, fx.Node], Call | None]:
     """Return the rule of a call whose sizes, spread or in one list, begin at argument `first`."""
 
     def rule(edits: _Edits, node: fx.Node) -> Call | None:
-        dims, args = edits.dims(node), _arguments(node)
-        listed = len(args) > first and isinstance(args[first], list | tuple)
-        stated = list(args[first]) if listed else args[first:]
+        dims, args, named = edits.dims(node), _arguments(node), dict(node.kwargs)
+        by_name = next((name for name in ("size", "shape") if name in named), None)
+        given: Any = args[first:] if by_name is None else [named[by_name]]
+        listed = len(given) > 0 and isinstance(given[0], list | tuple)
+        stated = list(given[0]) if listed else given
         if dims is None or len(stated) != len(dims):
             return None
         new = [
             edits.stated(a, d) if isinstance(a, int | fx.Node) else a
             for a, d in zip(stated, dims, strict=True)
         ]
+        if by_name is not None:
+            return node.target, tuple(args), {**named, by_name: tuple(new)}
         tail = [tuple(new), *args[first + 1 :]] if listed else new
-        return node.target, (*args[:first], *tail), dict(node.kwargs)
+        return node.target, (*args[:first], *tail), named
 
     return rule
+
+
+def _repeat_interleave(edits: _Edits, node: fx.Node) -> Call | None:
+    """Repeat as often as there are units in the axis that the repeats became."""
+    x, repeats, *rest = _arguments(node)
+    dim = rest[0] if rest else node.kwargs.get("dim")
+    before, after = edits.dims(x), edits.dims(node)
+    if before is None or after is None or not isinstance(dim, int) or not isinstance(repeats, int):
+        return None
+    new = after[dim].size(edits.after) // before[dim].size(edits.after)
+    return node.target, (x, new, *rest), dict(node.kwargs)
 
 
 def _unflatten(edits: _Edits, node: fx.Node) -> Call | None:
@@ -215,8 +230,9 @@ def _pieces(edits: _Edits, node: fx.Node, at: Any) -> list[Layout] | None:
     return [edits.analysis.values[v.number][at] for v in value]
 
 
-def _getitem(edits: _Edits, node: fx.Node) -> Call | None:
-    x, index = _arguments(node)
+def _indexed(edits: _Edits, node: fx.Node) -> Call | None:
+    """Read or write between the same boundaries, wherever they are now."""
+    x, index, *value = _arguments(node)
     before = edits.dims(x)
     items = index if isinstance(index, tuple) else (index,)
     if before is None or not any(isinstance(i, slice) for i in items):
@@ -232,7 +248,7 @@ def _getitem(edits: _Edits, node: fx.Node) -> Call | None:
             d += 1
         after.append(item)
     new = tuple(after) if isinstance(index, tuple) else after[0]
-    return node.target, (x, new), dict(node.kwargs)
+    return node.target, (x, new, *value), dict(node.kwargs)
 
 
 def _bounds(edits: _Edits, item: slice, layout: Layout) -> slice:
@@ -296,12 +312,13 @@ def _grouped(position: int, name: str) -> Callable[[_Edits, fx.Node], Call | Non
 
 
 _RULES: dict[str, Callable[[_Edits, fx.Node], Call | None]] = {
-    **dict.fromkeys(("view", "reshape", "expand"), _sizes(1)),
+    **dict.fromkeys(("view", "reshape", "expand", "broadcast_to"), _sizes(1)),
+    "repeat_interleave": _repeat_interleave,
     **dict.fromkeys(("new_zeros", "new_ones", "new_empty", "new_full"), _sizes(1)),
     **dict.fromkeys(("zeros", "ones", "empty", "full", "rand", "randn"), _sizes(0)),
     "unflatten": _unflatten,
     **dict.fromkeys(("split", "split_with_sizes", "chunk", "tensor_split"), _split),
-    **dict.fromkeys(("getitem", "__getitem__"), _getitem),
+    **dict.fromkeys(("getitem", "__getitem__", "setitem", "__setitem__"), _indexed),
     "narrow": _narrow,
     "group_norm": _grouped(1, "num_groups"),
     "channel_shuffle": _grouped(1, "groups"),

@@ -71,6 +71,7 @@ def judge(follower: Follower, narrow: Mapping[str, Tensor]) -> Verdict:
         alive |= _alive(follower, arrival)
         where = arrival.step.where
         lines.setdefault((where, " ".join(found.lines)), []).append(arrival.step.mode)
+    folds = {path: constant for path, constant in folds.items() if bool((constant != 0).any())}
     missing = _unfolded(follower, folds)
     if missing is not None:
         return Verdict(missing)
@@ -121,9 +122,13 @@ def _judged(follower: Follower, arrival: Arrival, narrow: Mapping[str, Tensor]) 
         )
     lines = [_line(arrival, reduction)]
     constant = reduction.constant[places]
-    if not bool((constant != 0).any()):
+    if bool((constant != 0).any()):
+        return _folded(follower, arrival, reduction, lines)
+    bias = _bias(follower, step)
+    if bias is None or not arrival.content.constant().any():
         return Verdict(lines=tuple(lines))
-    return _folded(follower, arrival, reduction, lines)
+    nothing = per_output(follower.resized, arrival.weight, bias, reduction.constant)
+    return Verdict(folds={bias: nothing}, lines=tuple(lines))
 
 
 def _line(arrival: Arrival, reduction: Reduction) -> str:
@@ -149,17 +154,23 @@ def _folded(
 ) -> Verdict:
     step, at = arrival.step, arrival.weight
     assert at is not None
-    analysis = follower.resized.analysis
-    source = None if step.bias is None else analysis.sources.get(step.inputs[step.bias])
+    bias = _bias(follower, step)
     if step.border:
         return Verdict(f"{step.where} pads with zeros, so a constant unit is none at the border")
-    if source is None:
+    if bias is None:
         return Verdict(f"{step.where} has no bias to fold the constant of new units into")
-    constant = per_output(follower.resized, at, source.path, reduction.constant)
+    constant = per_output(follower.resized, at, bias, reduction.constant)
     return Verdict(
-        folds={source.path: constant},
-        lines=(*lines, f"their constant is folded out of '{source.path}'"),
+        folds={bias: constant},
+        lines=(*lines, f"their constant is folded out of '{bias}'"),
     )
+
+
+def _bias(follower: Follower, step: Step) -> str | None:
+    """Return the bias that a contraction adds, None where it adds none or a computed one."""
+    sources = follower.resized.analysis.sources
+    source = None if step.bias is None else sources.get(step.inputs[step.bias])
+    return None if source is None else source.path
 
 
 def per_output(resized: Resized, at: ParameterDim, bias: str, entries: Tensor) -> Tensor:
@@ -201,9 +212,13 @@ def narrow_slices(resized: Resized, tensor: Tensor, at: ParameterDim) -> Tensor:
 
 def _alive(follower: Follower, arrival: Arrival) -> np.ndarray:
     """Return which new units get a gradient at one arrival, now or once their readers moved."""
-    content = arrival.content
+    content, other = arrival.content, arrival.other
     if arrival.weight is None:
-        return ~content.zero() | (content.slope != 0)
+        moves = content.slope != 0
+        if other is None:
+            return ~content.zero() | moves
+        # a product of two: the one that is zero moves if the other is not
+        return (moves & ~other.zero()) | ((other.slope != 0) & ~content.zero())
     columns = follower.slices(arrival.weight)[torch.from_numpy(follower.new)]
     read = (columns != 0).any(1).numpy()
     return ~content.zero() | (read & (content.slope != 0))

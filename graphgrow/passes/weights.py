@@ -54,19 +54,23 @@ class ZeroIncoming:
     """New units hold a constant until their incoming weights move (R:A2, A2b).
 
     Incoming weights are zero, outgoing ones drawn. The constant is 0 where the activations are
-    alive there and map it to zero; else `constant`, folded out of the readers' biases.
+    alive there and map it to zero; else `constant`, folded out of the readers' biases. Where units
+    are products of what several layers write (queries and keys, gates), `paths` names the weights
+    that are zero, and the others are drawn: with all of them zero no unit could ever learn (R:D2).
     """
 
     constant: float | None = None
     seed: int = 0
+    paths: tuple[str, ...] | None = None
 
     def fill(self, resized: Resized, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the changed tensors, incoming weights zero."""
         fill = _Fill(resized, state, self.seed)
         fill.carriers()
         fill.consumers()
-        fill.producers_zero()
-        fill.constants(self.constant or 0.0)
+        fill.producers()
+        fill.producers_zero(self.paths)
+        fill.constants(self.constant or 0.0, self.paths)
         return fill.tensors
 
 
@@ -204,11 +208,12 @@ class _Fill:
         for at in self.axis.consumers:
             self._draw(at)
 
-    def producers_zero(self) -> None:
-        """Make all incoming weights zero."""
+    def producers_zero(self, paths: tuple[str, ...] | None) -> None:
+        """Make incoming weights zero: those named, or all."""
         for at in self.axis.producers:
-            new = self._read(at, self.resized.new)
-            self._write(at, self.resized.new, torch.zeros_like(new))
+            if paths is None or at.path in paths:
+                new = self._read(at, self.resized.new)
+                self._write(at, self.resized.new, torch.zeros_like(new))
 
     def consumers_zero(self) -> None:
         """Make all outgoing weights zero."""
@@ -275,14 +280,14 @@ class _Fill:
                 )
             self._write(known[path], self.resized.new, found)
 
-    def constants(self, value: float) -> None:
+    def constants(self, value: float, paths: tuple[str, ...] | None) -> None:
         """Let new units with zero incoming weights hold `value` where their activations begin.
 
         Layers write it through their bias, and a batch norm through its own, which takes what
         arrives for the running mean so that both modes agree.
         """
         norms = self._parts({Kind.NORM})
-        for at in self._biases({Kind.CONTRACT}):
+        for at in self._biases({Kind.CONTRACT}, paths):
             new = self._read(at, self.resized.new)
             self._write(at, self.resized.new, torch.full_like(new, 0.0 if norms else value))
         for at in self._biases({Kind.NORM}):
@@ -308,9 +313,11 @@ class _Fill:
                 found.append((step, parts))
         return found
 
-    def _biases(self, kinds: set[Kind]) -> set[ParameterDim]:
+    def _biases(self, kinds: set[Kind], paths: tuple[str, ...] | None = None) -> set[ParameterDim]:
         found = set()
         for step, parts in self._parts(kinds):
+            if paths is not None and not any(part and part.path in paths for part in parts):
+                continue
             at = 2 if step.row.kind is Kind.NORM else _bias_position(step)
             if at is not None and at < len(parts) and parts[at] is not None:
                 found.add(parts[at])

@@ -25,7 +25,8 @@ class Widen:
 
     `axis` is the axis' name, or the path of any module that produces it. `weights` says how the new
     entries are filled; left out, the first scheme is taken that is exact on this axis and leaves
-    units that can learn: zero outgoing, zero incoming, pairs, copies.
+    units that can learn: zero outgoing, zero incoming (of all layers that write it, or of one
+    factor of a product), pairs, copies.
     """
 
     axis: str
@@ -51,7 +52,7 @@ class Widen:
         axis = self._checked(graph)
         change = Resized(graph.analysis, axis.name, inserted(axis.width, self.units, self.at))
         refusals: list[str] = []
-        for scheme in self._schemes():
+        for scheme in self._schemes(axis):
             try:
                 tensors, verdict = _filled(scheme, change, graph.state)
                 if verdict.reason is None and not verdict.dead:
@@ -62,11 +63,13 @@ class Widen:
             refusals.append(_refusal(axis, self.units, verdict, scheme))
         raise NotApplicable(refusals[0])
 
-    def _schemes(self) -> tuple[Scheme, ...]:
+    def _schemes(self, axis: Axis) -> tuple[Scheme, ...]:
         if self.weights is not None:
             return (self.weights,)
         even = (Pairs(),) if self.units % 2 == 0 else ()
-        return (ZeroOutgoing(), ZeroIncoming(), *even, Copy())
+        alone = (ZeroIncoming(paths=(at.path,)) for at in axis.producers[1:] + axis.producers[:1])
+        factors = tuple(alone) if len(axis.producers) > 1 else ()
+        return (ZeroOutgoing(), ZeroIncoming(), *factors, *even, Copy())
 
     def _checked(self, graph: Graph) -> Axis:
         axis = graph.axis(self.axis)
@@ -114,7 +117,9 @@ def _filled(
     tensors = scheme.fill(change, state)
     verdict = judge(Follower(change, {**state, **tensors}).run(), state)
     unfit = verdict.reason is not None or verdict.dead
-    if unfit and isinstance(scheme, ZeroIncoming) and scheme.constant is None:
+    if not unfit or not isinstance(scheme, ZeroIncoming):
+        return tensors, verdict
+    if scheme.constant is None and scheme.paths is None:
         return _filled(replace(scheme, constant=1.0), change, state)
     return tensors, verdict
 

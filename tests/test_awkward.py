@@ -1,0 +1,88 @@
+"""Awkward modules: the right axes, exact growth of each that can grow, reasons for the others."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from awkward import CASES, Case
+from strategies import fill
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+import graphgrow as gg
+
+BY_THE_MODEL = ("is fixed by dim", "of the model's output")
+
+
+def traced(case: Case) -> tuple[nn.Module, gg.Graph]:
+    torch.manual_seed(0)
+    model = fill(case.module().double(), 1)
+    return model, gg.trace(model, case.inputs(2))
+
+
+def free(graph: gg.Graph) -> dict[str, gg.Widen]:
+    widened = {name: gg.Widen(name, 3 * axis.multiple) for name, axis in graph.axes.items()}
+    return {n: rewrite for n, rewrite in widened.items() if rewrite.obstacle(graph) is None}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_axes_are_those_stated(name: str) -> None:
+    case = CASES[name]
+    _, graph = traced(case)
+    can = free(graph)
+    assert {f"{n}({graph.axes[n].width})" for n in can} == case.grows
+    said = {n: str(gg.Widen(n, 3).obstacle(graph)) for n in graph.axes if n not in can}
+    said = {n: s for n, s in said.items() if not any(reason in s for reason in BY_THE_MODEL)}
+    assert said.keys() == case.fixed.keys()
+    for axis, reason in case.fixed.items():
+        assert reason in said[axis]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_each_axis_that_can_grow_grows_alone_and_with_the_others(name: str) -> None:
+    case = CASES[name]
+    model, graph = traced(case)
+    can = free(graph)
+    for rewrite in can.values():
+        grown = gg.apply(graph, rewrite)
+        assert gg.compare(model, grown.graph, case.inputs(3)).relative <= 1e-10
+    if can:
+        all_grown = gg.apply(graph, *can.values())
+        assert gg.compare(model, all_grown.graph, case.inputs(3)).relative <= 1e-10
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_new_units_learn_within_two_steps(name: str) -> None:
+    case = CASES[name]
+    _, graph = traced(case)
+    for rewrite in free(graph).values():
+        grown = gg.apply(graph, rewrite)
+        before, after = touched(graph, case), touched(grown.graph, case)
+        for path, origin in grown.origin.items():
+            for dim, index in enumerate(origin.dims):
+                if index is None or path not in before or not before[path].any():
+                    continue
+                new = after[path].index_select(dim, (index < 0).nonzero().flatten())
+                assert new.movedim(dim, 0).reshape(new.shape[dim], -1).any(1).all(), (
+                    f"{rewrite}: {path}"
+                )
+
+
+def touched(graph: gg.Graph, case: Case) -> dict[str, torch.Tensor]:
+    """Return which entries of each parameter get a gradient within two steps of SGD."""
+    torch.manual_seed(0)
+    model = gg.lower(graph).train()
+    found: dict[str, torch.Tensor] = {}
+    kept = {p: t.detach().clone() for p, t in model.state_dict().items()}
+    for step in range(2):
+        model.zero_grad()
+        sum(leaf.sin().sum() for leaf in tree_leaves(model(case.inputs(64 + step)))).backward()
+        with torch.no_grad():
+            for path, parameter in model.named_parameters(remove_duplicate=False):
+                if parameter.grad is not None:
+                    found[path] = found.get(path, False) | (parameter.grad != 0)
+            for parameter in model.parameters():
+                parameter -= 1e-2 * (0 if parameter.grad is None else parameter.grad)
+    model.load_state_dict(kept)
+    model.zero_grad()
+    return found
