@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from graphgrow.nn import CapNorm, Rational
+
 
 def assemble(
     modules: Mapping[str, nn.Module], leaves: frozenset[str], state: Mapping[str, Tensor]
@@ -179,7 +181,7 @@ def twin(tensor: Tensor, values: Tensor) -> Tensor:
 
 
 def is_torch_leaf(module: nn.Module) -> bool:
-    """Return whether `module` is one of torch's own layers, or a user's subclass of one."""
+    """Return whether `module` is one of torch's own layers or ours, or a subclass of one."""
     return isinstance(module, _LEAVES)
 
 
@@ -203,4 +205,4 @@ def _torch_layers() -> tuple[type[nn.Module], ...]:
     )
 
 
-_LEAVES = _torch_layers()
+_LEAVES = (*_torch_layers(), Rational, CapNorm)

@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from graphgrow.ir.layout import Layout
-from graphgrow.nn import Rational
+from graphgrow.nn import CapNorm, Rational
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ _ROWS: tuple[tuple[type | tuple[type, ...], Callable[[Any, Sizes], dict[str, Any
     (nn.Linear, _linear),
     (nn.Bilinear, _bilinear),
     (_ConvNd, _conv),
-    (_NormBase, _norm),
+    ((_NormBase, CapNorm), _norm),
     (nn.GroupNorm, _group_norm),
     (nn.ChannelShuffle, _shuffle),
     (nn.Embedding, _embedding),
