@@ -83,7 +83,7 @@ class Moments:
     """
 
     axis: str
-    parts: int
+    route: Route
     examples: int
     loss: float
     producers: tuple[Producer, ...]
@@ -91,6 +91,11 @@ class Moments:
     inputs: Tensor
     cross: Tensor
     projected: Tensor | None
+
+    @property
+    def parts(self) -> int:
+        """How many channels a unit has."""
+        return self.route.parts
 
 
 def moments(
@@ -390,7 +395,7 @@ def _averaged(found: Route, sums: _Sums, graph: Graph, projected: Tensor | None)
         consumers.append(Consumer(path, use.bias, columns, same * often, *means))
     return Moments(
         found.axis,
-        found.parts,
+        found,
         n,
         sums.loss / n,
         axis.producers,

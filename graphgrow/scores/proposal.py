@@ -1,0 +1,160 @@
+"""What a score proposes: new units with weights, what they gain and what they cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from graphgrow.ir.analyse import ParameterDim, Slot, Step
+from graphgrow.ir.graph import Graph
+from graphgrow.ir.rules import Kind
+from graphgrow.measure.cost import flops, parameters
+from graphgrow.moments import Moments
+from graphgrow.passes.follow import Follower
+from graphgrow.passes.prove import old_entries
+from graphgrow.passes.units import Resized, inserted
+from graphgrow.passes.weights import Given, Scheme
+from graphgrow.passes.widen import Widen
+from graphgrow.scores.slopes import slopes
+
+Weights = Mapping[str, Tensor]
+"""Entries of new units by parameter path, `(units, entries)`, as `Given` takes them."""
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A rewrite that a score found, its predicted gain and its cost.
+
+    `rewrite` keeps the function. `gain` is a decrease of the loss to first order, for one unit of
+    what `unit` says. `parameters` and `flops` (per example, forward) are what it adds. `target` is
+    what the new units' weights would be beyond that, if the method says so: a separate step (see
+    `amplify`) goes there.
+    """
+
+    rewrite: Widen
+    gain: float
+    unit: str
+    parameters: int
+    flops: int
+    target: Given | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """One axis that new units are proposed for: its moments, and the edit that inserts them."""
+
+    graph: Graph
+    moments: Moments
+    change: Resized
+
+    @staticmethod
+    def of(graph: Graph, moments: Moments, units: int) -> Site:
+        """Return the site of `units` new units at the end of an axis."""
+        axis = graph.axes[moments.axis]
+        change = Resized(graph.analysis, axis.name, inserted(axis.width, units, None))
+        return Site(graph, moments, change)
+
+    def dim(self, path: str) -> ParameterDim:
+        """Return the dim of a tensor in which it has units of the axis as writer or reader."""
+        axis = self.graph.axes[self.moments.axis]
+        return next(at for at in (*axis.producers, *axis.consumers, *axis.carriers)
+                    if at.path == path)  # fmt: skip
+
+    def incoming(self, found: Tensor) -> dict[str, Tensor]:
+        """Return the entries of producers and their biases, of `found` `(units, parts, in)`."""
+        entries: dict[str, Tensor] = {}
+        for producer in self.moments.producers:
+            mine = found[:, :, producer.rows]
+            entries[producer.path] = self._placed(producer.path, mine[..., : producer.entries])
+            if producer.bias is not None:
+                entries[producer.bias] = mine[..., producer.entries]
+        return entries
+
+    def outgoing(self, found: Tensor) -> dict[str, Tensor]:
+        """Return the entries of consumers, of `found` `(units, parts, out)`."""
+        return {
+            c.path: self._placed(c.path, found[:, :, c.columns]) for c in self.moments.consumers
+        }
+
+    def old(self, path: str) -> Tensor:
+        """Return which entries of a new unit meet present units in the tensor's other dims."""
+        return old_entries(self.change, self.dim(path))
+
+    def _placed(self, path: str, values: Tensor) -> Tensor:
+        """Return entries with zeros where a new unit meets a new one in the same tensor."""
+        mask = self.old(path)
+        placed = torch.zeros(len(values), len(mask), dtype=torch.double)
+        placed[:, mask] = values.flatten(1).double().cpu()
+        return placed
+
+    def drawn(self, scheme: Scheme, paths: tuple[ParameterDim, ...]) -> dict[str, Tensor]:
+        """Return the entries that a scheme gives to new units in some tensors."""
+        tensors, new = scheme.fill(self.change, self.graph.state), torch.from_numpy(self.change.new)
+        return {
+            at.path: self.change.slices(tensors[at.path], at.path, at.dim)[new].double().cpu()
+            for at in paths
+        }
+
+    def neutral(self) -> dict[str, Tensor]:
+        """Return entries with which norms and biases change nothing: one or zero for each unit.
+
+        A batch norm gets scale and variance one, shift and mean zero; a bias is zero.
+        """
+        found: dict[str, Tensor] = {}
+        carriers = {at.path: at for at in self.graph.axes[self.moments.axis].carriers}
+        for step in self.graph.analysis.steps:
+            for path, value in _neutral(self.graph, step).items():
+                if path in carriers:
+                    places = self.change.at(path, carriers[path].dim).shape[1]
+                    size = (len(self.change.new), places)
+                    found[path] = torch.full(size, value, dtype=torch.double)
+        return found
+
+    def follow(self, carried: Weights) -> Follower:
+        """Return new units followed, with zero incoming weights and these other entries."""
+        zero = self.incoming(torch.zeros(len(self.change.new), *self.moments.cross.shape[:2]))
+        tensors = Given.of({**zero, **carried}).fill(self.change, self.graph.state)
+        return Follower(self.change, {**self.graph.state, **tensors}).run()
+
+    def cross(self, follower: Follower, ahead: float = 0.0) -> Tensor:
+        """Return the cross moment times the slopes at what new units hold: `(parts, in, out)`.
+
+        Activations with a kink count by the side of `ahead`.
+        """
+        rows = {p.path: p.rows for p in self.moments.producers}
+        columns = {c.path: c.columns for c in self.moments.consumers}
+        scaled = torch.zeros_like(self.moments.cross)
+        for (producer, consumer), slope in slopes(self.moments.route, follower, ahead).items():
+            at = (slice(None), rows[producer], columns[consumer])
+            scaled[at] = slope * self.moments.cross[at]
+        return scaled
+
+    def proposal(
+        self, weights: Given, gain: float, unit: str, target: Given | None = None
+    ) -> Proposal:
+        """Return the proposal of these weights with their cost."""
+        widths = self.change.widths()
+        more = parameters(self.graph, widths) - parameters(self.graph)
+        work = flops(self.graph, widths) - flops(self.graph)
+        rewrite = Widen(self.moments.axis, len(self.change.new), weights=weights)
+        return Proposal(rewrite, gain, unit, more, work, target)
+
+
+def _neutral(graph: Graph, step: Step) -> dict[str, float]:
+    """Return the number with which each parameter of a step changes nothing, where there is one."""
+    if step.row.kind is Kind.NORM:
+        values = {1: 1.0, 2: 0.0, 3: 0.0, 4: 1.0}
+    elif step.row.kind is Kind.CONTRACT:
+        values = dict.fromkeys(range(len(step.args)), 0.0)
+    else:
+        return {}
+    found: dict[str, float] = {}
+    for position, arg in enumerate(step.args):
+        if isinstance(arg, Slot) and position in values:
+            source = graph.analysis.sources.get(step.inputs[arg.number])
+            if source and (step.row.kind is Kind.NORM or arg.number == step.bias):
+                found[source.path] = values[position]
+    return found
