@@ -8,6 +8,7 @@ from graphgrow.ir.graph import Graph
 from graphgrow.ir.lower import lower
 from graphgrow.ir.trace import trace
 from graphgrow.moments import moments
+from graphgrow.nonparametric import Progress, Protocol, Snapshot, Turnover, turn_over, zero_units
 from graphgrow.optim.adarad import AdaRad, AdaRadM
 from graphgrow.optim.clocks import resume
 from graphgrow.optim.fans import Fans, fan_ins, fan_outs
@@ -17,6 +18,7 @@ from graphgrow.passes.apply import apply
 from graphgrow.passes.candidates import candidates
 from graphgrow.passes.cap import Cap
 from graphgrow.passes.deepen import Deepen
+from graphgrow.passes.fresh import UnitLength
 from graphgrow.passes.identity import Identity
 from graphgrow.passes.layers import Factor, Split
 from graphgrow.passes.remove import Absorb, Remove
@@ -43,8 +45,13 @@ __all__ = [
     "NotApplicable",
     "NotEquivalent",
     "Pairs",
+    "Progress",
+    "Protocol",
     "Remove",
+    "Snapshot",
     "Split",
+    "Turnover",
+    "UnitLength",
     "UnsupportedOp",
     "Widen",
     "ZeroIncoming",
@@ -65,4 +72,6 @@ __all__ = [
     "scores",
     "shrink",
     "trace",
+    "turn_over",
+    "zero_units",
 ]

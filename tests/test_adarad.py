@@ -20,7 +20,8 @@ class Literal:
     """Algorithm 1 (and 2 with `arithmetic`) of Philipp and Carbonell (2017), unit by unit.
 
     `weights` are `(in, out)` as in the paper. Line numbers are those of algorithm 1. No units are
-    added or removed here.
+    added or removed here. Line 8 divides by the size of the training set, of which a batch has the
+    part `share`.
     """
 
     def __init__(self, weights, angular, radial, penalty, share, mixing, eps, arithmetic=None):
@@ -36,7 +37,7 @@ class Literal:
     def step(self, gradients: list[Tensor]) -> None:
         for layer in reversed(range(len(self.weights))):  # 9
             for j in reversed(range(self.weights[layer].shape[1])):  # 10
-                self._unit(layer, j, gradients[layer][:, j])
+                self._unit(layer, j, self.share * gradients[layer][:, j])  # 8
 
     def _unit(self, layer: int, j: int, gradient: Tensor) -> None:
         weight = self.weights[layer][:, j].clone()
@@ -103,8 +104,8 @@ sizes = st.lists(st.integers(1, 5), min_size=2, max_size=4)
 @given(
     sizes=sizes,
     seed=st.integers(0, 2**16),
-    angular=st.sampled_from([0.01, 0.3, 1.0]),
-    radial=st.sampled_from([0.0, 0.01, 0.5]),
+    angular=st.sampled_from([0.1, 3.0, 10.0]),
+    radial=st.sampled_from([0.0, 0.1, 5.0]),
     penalty=st.sampled_from([0.0, 0.01, 0.1]),
     mixing=st.sampled_from([0.005, 0.3]),
 )

@@ -68,8 +68,9 @@ class AdaRad(Optimizer):
     square (`mixing`, `eps`) and turns them, by `lr` times its length in radians. Then the fan-in
     gets shorter by `radial_lr * penalty * share`, down to exact zeros: the proximal step of an ℓ2
     fan-in regulariser of strength `penalty`. `share` is the size of a batch over that of the
-    training set, so that a fan-in of length 1, left to itself, is gone after
-    1 / (radial_lr * penalty) epochs.
+    training set: gradients, which are to be those of the mean loss of a batch, are multiplied by it
+    too, as in the paper, so that step sizes are by epoch, and a fan-in of length 1, left to itself,
+    is gone after 1 / (radial_lr * penalty) epochs.
 
     What is a fan-in is read off the axes of `graph` (`fans.fan_ins`). `param_groups` has one group
     for each bundle of axes, under the `name` of its first, whose settings may be changed; the group
@@ -170,8 +171,9 @@ class AdaRad(Optimizer):
             m.part.added(length, squares(m.weight, m.part.dim))
             m.part.added(gradient, squares(m.gradient, m.part.dim))
             m.part.added(radial, dots(m.weight, m.gradient, m.part.dim))
-        zero = length == 0
-        radial /= length.masked_fill(zero, 1.0)
+        share, zero = self._of("share", like), length == 0
+        gradient *= share**2
+        radial *= share / length.masked_fill(zero, 1.0)  # length is a square until the end
         across = gradient - radial.square() * length
         noise = across <= 16 * torch.finfo(like.dtype).eps * gradient  # parallel but for rounding
         across.masked_fill_(noise | zero, 0.0)
@@ -235,9 +237,10 @@ class AdaRad(Optimizer):
         """Move all weights: along the gradient across them is along the gradient less the rest."""
         turn = self._turn(seen, seen.across, rate * seen.across)
         kept = turn.kept - turn.added * seen.radial
+        added = turn.added * self._of("share", kept)
         for m in members:
             m.weight.mul_(m.part.along(kept, m.weight))
-            m.weight.addcmul_(m.gradient, m.part.along(turn.added, m.weight))
+            m.weight.addcmul_(m.gradient, m.part.along(added, m.weight))
 
     def carry(self, grown: Grown) -> Callable[[], None]:
         """Return what makes the state of fan-ins that of the grown graph; `gg.migrate` calls it.
@@ -295,6 +298,7 @@ class AdaRadM(AdaRad):
     def _move(self, members: list[_Member], seen: _Seen, rate: Tensor) -> None:
         """Move weights and running means; a mean starts anew where the fan-in is zero."""
         shared, like = self._shared(seen.length), seen.length
+        share = self._of("share", like)
         mixing = torch.zeros_like(like) + self._of("momentum_mixing", like)
         mixing.masked_fill_(seen.zero, 1.0)
         if seen.live is not None:
@@ -306,7 +310,7 @@ class AdaRadM(AdaRad):
         ]
         for m, mean in zip(members, means, strict=True):
             mean.mul_(m.part.along(1 - mixing, mean))
-            mean.addcmul_(m.gradient, m.part.along(mixing, mean))
+            mean.addcmul_(m.gradient, m.part.along(mixing * share, mean))
             mean.addcmul_(m.weight, m.part.along(-mixing * seen.radial, mean))
         reach = self._lengths(members, means)
         turn = self._turn(seen, reach, rate * reach / capacity.clamp(min=_tiny(like)))

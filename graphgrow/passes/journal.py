@@ -8,6 +8,7 @@ from typing import Any
 
 from graphgrow.passes.cap import Cap
 from graphgrow.passes.deepen import Deepen
+from graphgrow.passes.fresh import UnitLength
 from graphgrow.passes.identity import Identity
 from graphgrow.passes.layers import Factor, Split
 from graphgrow.passes.remove import Absorb, Remove
@@ -18,7 +19,7 @@ from graphgrow.passes.widen import Widen
 _KINDS: dict[str, Any] = {
     kind.__name__: kind
     for kind in (
-        *(Widen, ZeroOutgoing, ZeroIncoming, Pairs, Copy, Given),
+        *(Widen, ZeroOutgoing, ZeroIncoming, Pairs, Copy, Given, UnitLength),
         *(Deepen, Identity, Factor, Split),
         *(Remove, Absorb, Cap),
     )
