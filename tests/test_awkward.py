@@ -51,6 +51,10 @@ def test_each_axis_that_can_grow_grows_alone_and_with_the_others(name: str) -> N
         assert gg.compare(model, all_grown.graph, case.inputs(3)).relative <= 1e-10
 
 
+# A softmax over keys does not see a key's bias; a unit that is not the largest does not learn.
+BLIND = {("AttentionManual", "k.bias"), ("MaxoutFirst", "a.weight"), ("MaxoutFirst", "a.bias")}
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_new_units_learn_within_two_steps(name: str) -> None:
     case = CASES[name]
@@ -60,7 +64,8 @@ def test_new_units_learn_within_two_steps(name: str) -> None:
         before, after = touched(graph, case), touched(grown.graph, case)
         for path, origin in grown.origin.items():
             for dim, index in enumerate(origin.dims):
-                if index is None or path not in before or not before[path].any():
+                unseen = path not in before or not before[path].any() or (name, path) in BLIND
+                if index is None or unseen:
                     continue
                 new = after[path].index_select(dim, (index < 0).nonzero().flatten())
                 assert new.movedim(dim, 0).reshape(new.shape[dim], -1).any(1).all(), (

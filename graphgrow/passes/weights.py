@@ -34,7 +34,8 @@ class Scheme(Protocol):
 class ZeroOutgoing:
     """New units are like typical old ones and nothing reads them yet (R:A1).
 
-    Incoming weights are drawn from N(0, s²), s the root mean square of the layer's own weights;
+    Incoming weights are drawn from N(0, s²), s the root mean square of the layer's own weights,
+    and negated where their sum is negative, so that a ReLU behind them is seldom off for good;
     biases and norms get the mean over the old units. Any activation, both modes.
     """
 
@@ -199,9 +200,16 @@ class _Fill:
         self._write(at, self.resized.new, self._drawn(at, new) * (size or new.shape[1] ** -0.5))
 
     def producers(self) -> None:
-        """Draw incoming weights of the size of the old ones."""
+        """Draw incoming weights of the size of the old ones, each unit's with a sum above zero.
+
+        What comes out of most activations is positive more often than not, so that a ReLU behind a
+        negative sum might be off for every input, and its unit never learn.
+        """
         for at in self.axis.producers:
             self._draw(at)
+            new = self._read(at, self.resized.new)
+            signs = torch.where(new.sum(1, keepdim=True) < 0, -1.0, 1.0).to(new)
+            self._write(at, self.resized.new, new * signs)
 
     def consumers(self) -> None:
         """Draw outgoing weights of the size of the old ones."""
