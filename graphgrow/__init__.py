@@ -2,6 +2,7 @@
 
 from graphgrow import scores
 from graphgrow.errors import NotApplicable, NotEquivalent, UnsupportedOp
+from graphgrow.grow import Budget, Every, Grower, Plateau, Where
 from graphgrow.io import load, save
 from graphgrow.ir.analyse import Axis
 from graphgrow.ir.graph import Graph
@@ -33,18 +34,22 @@ __all__ = [
     "AdaRad",
     "AdaRadM",
     "Axis",
+    "Budget",
     "Cap",
     "Copy",
     "Deepen",
+    "Every",
     "Factor",
     "Fans",
     "Given",
     "Graph",
+    "Grower",
     "Grown",
     "Identity",
     "NotApplicable",
     "NotEquivalent",
     "Pairs",
+    "Plateau",
     "Progress",
     "Protocol",
     "Remove",
@@ -53,6 +58,7 @@ __all__ = [
     "Turnover",
     "UnitLength",
     "UnsupportedOp",
+    "Where",
     "Widen",
     "ZeroIncoming",
     "ZeroOutgoing",
