@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import runpy
 import sys
 from pathlib import Path
@@ -12,19 +13,25 @@ import vision
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 # The demo in full takes most of a minute: here it grows one network, a tenth as long.
-SHORT = {"digits.py": ["--steps", "100", "--seeds", "1"]}
+SHORT = {
+    "digits.py": ["--steps", "100", "--seeds", "1"],
+    "nonparametric_mnist.py": "--grow 4 --settle 2 --scratch 1 --images 10000".split(),
+}
+NEEDS_DATA = {"nonparametric_mnist.py"}
 SCRIPTS = sorted(p.name for p in EXAMPLES.glob("*.py") if "assert " in p.read_text())
 
 
 def test_every_script_is_an_example_or_a_part_of_one() -> None:
     parts = {p.name for p in EXAMPLES.glob("*.py")} - set(SCRIPTS)
-    assert parts == {"digits_model.py", "digits_report.py"}
+    assert parts == {"digits_model.py", "digits_report.py", "nonparametric_report.py"}
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_an_example_runs_to_its_assertion(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    if name in NEEDS_DATA and "GRAPHGROW_DATA" not in os.environ:
+        pytest.skip("GRAPHGROW_DATA names no directory with the data of this example")
     with vision.silenced():
         vision.torchvision()
     monkeypatch.setattr(sys, "argv", [name, *SHORT.get(name, [])])
