@@ -1,0 +1,179 @@
+"""Prints what moments of every measurable hidden axis cost, over plain forward and backward.
+
+    OMP_NUM_THREADS=1 python benchmarks/moments_cost.py [mlp] [resnet18] [--gromo PYTHON]
+
+`mlp` is 784-256-256-10 on 10 batches of 256, `resnet18` that for CIFAR at full width (11.2 million
+parameters) on 4 batches of 64, its axes those inside the 8 blocks. Every row is a process of its
+own, all on the same random batches: CPU seconds of the one thread (the median over the rounds, in
+which rows take turns) and the peak of resident memory. "project" goes through the batches twice and
+also gives TINY's projected cross moment. With `--gromo`, the interpreter of an environment that has
+gromo 0.1.0 (it needs nothing of this package), its statistics for the same axes are a row, too.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ROUNDS = {"mlp": 5, "resnet18": 1}
+ROWS = ("plain", "moments", "project")
+
+
+class Block(nn.Module):
+    """Two 3×3 convolutions with batch norm, added to their input or to a projection of it."""
+
+    def __init__(self, before: int, after: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(before, after, 3, stride, 1, bias=False)
+        self.conv2 = nn.Conv2d(after, after, 3, 1, 1, bias=False)
+        self.norm1, self.norm2 = nn.BatchNorm2d(after), nn.BatchNorm2d(after)
+        self.down: nn.Module = nn.Identity()
+        if before != after:
+            conv = nn.Conv2d(before, after, 1, stride, bias=False)
+            self.down = nn.Sequential(conv, nn.BatchNorm2d(after))
+
+    def forward(self, x: Tensor) -> Tensor:
+        inside = F.relu(self.norm1(self.conv1(x)))
+        return F.relu(self.norm2(self.conv2(inside)) + self.down(x))
+
+
+def network(name: str) -> nn.Module:
+    """Return the network, in eval mode."""
+    torch.manual_seed(0)
+    if name == "mlp":
+        hidden = (nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU())
+        return nn.Sequential(*hidden, nn.Linear(256, 10)).eval()
+    layers: list[nn.Module] = [nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.BatchNorm2d(64), nn.ReLU()]
+    before = 64
+    for after in (64, 128, 256, 512):
+        layers += [Block(before, after, 1 if after == 64 else 2), Block(after, after, 1)]
+        before = after
+    head = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 10))
+    return nn.Sequential(*layers, *head).eval()
+
+
+def data(name: str) -> list[tuple[Tensor, Tensor]]:
+    """Return the batches."""
+    torch.manual_seed(1)
+    count, examples, shape = (10, 256, (784,)) if name == "mlp" else (4, 64, (3, 32, 32))
+    return [
+        (torch.randn(examples, *shape), torch.randint(0, 10, (examples,))) for _ in range(count)
+    ]
+
+
+def plain(name: str, batches: list[Any]) -> Callable[[], None]:
+    """Return what runs forward and backward with the gradients of all parameters."""
+    model = network(name)
+
+    def run() -> None:
+        for x, y in batches:
+            model.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+
+    return run
+
+
+def ours(name: str, batches: list[Any], project: bool) -> Callable[[], None]:
+    """Return what measures every hidden axis of the MLP, or inside every block."""
+    import graphgrow as gg
+
+    graph = gg.trace(network(name), batches[0][0][:2])
+    free = [axis.name for axis in graph.axes.values() if axis.obstacle is None]
+    axes = [axis for axis in free if name == "mlp" or axis.endswith("conv1")]
+    assert len(axes) == (2 if name == "mlp" else 8)
+
+    def run() -> None:
+        gg.moments(graph, batches, F.cross_entropy, axes, project=project)
+
+    return run
+
+
+def gromo(name: str, batches: list[Any]) -> Callable[[], None]:
+    """Return what collects gromo's statistics of the same axes."""
+    from gromo.containers.growing_mlp import GrowingMLP  # type: ignore
+    from gromo.containers.resnet import init_full_resnet_structure  # type: ignore
+    from gromo.modules.conv2d_growing_module import RestrictedConv2dGrowingModule  # type: ignore
+
+    if name == "mlp":
+        model = GrowingMLP(784, 10, 256, 2, activation=nn.ReLU())
+    else:
+        model = init_full_resnet_structure(
+            (3, 32, 32),
+            out_features=10,
+            reduction_factor=1.0,
+            use_preactivation=False,
+            small_inputs=True,
+            skip_first_downsample=False,
+            growing_conv_type=RestrictedConv2dGrowingModule,
+        )
+    model.set_growing_layers("all")
+
+    def run() -> None:
+        model.init_computation()
+        model.eval()
+        for x, y in batches:
+            model.zero_grad()
+            F.cross_entropy(model(x), y, reduction="sum").backward()
+            model.update_computation()
+        model.reset_computation()
+
+    return run
+
+
+def measure(name: str, row: str) -> None:
+    """Print CPU seconds and peak memory of one row as JSON."""
+    torch.set_num_threads(1)
+    batches = data(name)
+    if row == "plain":
+        run = plain(name, batches)
+    elif row == "gromo":
+        run = gromo(name, batches)
+    else:
+        run = ours(name, batches, row == "project")
+    if name == "mlp":
+        run()  # warm caches
+    start = time.process_time()
+    run()
+    seconds = time.process_time() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(json.dumps({"seconds": seconds, "MiB": peak}))
+
+
+def main(arguments: list[str]) -> None:
+    interpreters = dict.fromkeys(ROWS, sys.executable)
+    if "--gromo" in arguments:
+        at = arguments.index("--gromo")
+        interpreters["gromo"] = arguments[at + 1]
+        arguments = arguments[:at] + arguments[at + 2 :]
+    for name in arguments or list(ROUNDS):
+        found: dict[str, list[dict[str, float]]] = {row: [] for row in interpreters}
+        for _ in range(ROUNDS[name]):
+            for row, python in interpreters.items():
+                command = [python, "-W", "ignore", __file__, "--row", name, row]
+                out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+                found[row].append(json.loads(out.splitlines()[-1]))
+        base = {
+            key: statistics.median(f[key] for f in found["plain"]) for key in ("seconds", "MiB")
+        }
+        for row, values in found.items():
+            seconds = statistics.median(v["seconds"] for v in values)
+            peak = statistics.median(v["MiB"] for v in values)
+            ratios = f"{seconds / base['seconds']:5.2f} × plain {peak / base['MiB']:9.2f} × plain"
+            print(f"{name:9} {row:8} {seconds:8.3f} s {peak:7.0f} MiB {ratios}", flush=True)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--row"]:
+        measure(*sys.argv[2:4])
+    else:
+        main(sys.argv[1:])
