@@ -12,6 +12,7 @@ Networks: 1000 epochs and 1000 more with λ = 3e-4.
 
 import argparse
 import time
+from itertools import pairwise
 from statistics import median
 
 import torch
@@ -27,12 +28,12 @@ SHORT = {"grow": 50, "settle": 40, "life": 20, "penalty": 1e-3, "scratch": 20}
 BATCH, ANGULAR, START, VALIDATION = 1000, 10.0, (10, 10), 10_000
 
 
-def network(sizes, norm):
+def network(widths, norm):
     """Return the network of the paper: no biases, and a fan-in of expected length one."""
     layers = []
-    for into, out in zip((784, *sizes), sizes, strict=False):
+    for into, out in pairwise(widths):
         layers += [nn.Linear(into, out, bias=False), norm(out), nn.ReLU()]
-    layers += [nn.Linear(sizes[-1], 10, bias=False)]
+    layers = layers[:-2]  # the output is not normalised
     for layer in layers[::3]:
         nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
     return nn.Sequential(*layers)
@@ -62,7 +63,7 @@ def error(model, data):
 def grown(options, train, validation):
     """Train a nonparametric network and return what happened."""
     draws, share = torch.Generator().manual_seed(options.seed), BATCH / len(train[0])
-    graph = gg.trace(network(START, CapNorm), train[0][:BATCH])
+    graph = gg.trace(network((784, *START, 10), CapNorm), train[0][:BATCH])
     optimizer = gg.AdaRad(
         graph,
         lr=ANGULAR,
@@ -84,10 +85,10 @@ def scratch(kind, sizes, options, train):
     """Train a network of these sizes from the start, by RMSprop or as the grown one but by SGD."""
     draws = torch.Generator().manual_seed(options.seed)
     if kind == "RMSprop":
-        model = network(sizes, lambda n: nn.BatchNorm1d(n, affine=False))
+        model = network((784, *sizes, 10), lambda n: nn.BatchNorm1d(n, affine=False))
         optimizer, amount = torch.optim.RMSprop(model.parameters(), lr=1e-3), 0.0
     else:
-        model, rate = network(sizes, CapNorm), ANGULAR * BATCH / len(train[0])
+        model, rate = network((784, *sizes, 10), CapNorm), ANGULAR * BATCH / len(train[0])
         optimizer = torch.optim.SGD(model.parameters(), lr=rate)
         amount = rate * options.penalty
     graph = gg.trace(model, train[0][:2])

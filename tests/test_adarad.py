@@ -8,8 +8,9 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from strategies import networks
 from torch import Tensor, nn
 
 import graphgrow as gg
@@ -396,6 +397,50 @@ def test_a_state_dict_and_a_copy_go_on_in_the_same_way(kind) -> None:
         stepped(copy_optimizer, copied, t)
         for p, q, r in zip(model.parameters(), twin.parameters(), copied.parameters(), strict=True):
             assert torch.equal(p, q) and torch.equal(p, r)
+
+
+@pytest.mark.parametrize("kind", [gg.AdaRad, gg.AdaRadM])
+@given(net=networks(), seed=st.integers(0, 2**16))
+@settings(max_examples=25)
+def test_any_network_steps_grows_and_steps(kind, net, seed: int) -> None:
+    """Every trainable parameter is in one fan-in or in none, and lengths change as they should."""
+    graph = net.trace()
+    fans = gg.fan_ins(graph)
+    assert len({part.path for part in fans.parts}) == len(fans.parts)
+    numbers = torch.cat([part.units for part in fans.parts]).unique()
+    assert numbers.tolist() == list(range(fans.count))
+    optimizer = kind(graph, lr=0.1, radial_lr=0.01, penalty=1.0)
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    trained = {id(t) for t in graph.state.values() if isinstance(t, nn.Parameter)}
+    assert held == trained
+
+    def lengths(now: gg.Graph) -> Tensor:
+        fans = gg.fan_ins(now)
+        total = torch.zeros(fans.count).double()
+        for part in fans.parts:
+            weight = now.state[part.path].detach().movedim(part.dim, 0)
+            total.index_add_(0, part.units, weight.reshape(len(part.units), -1).square().sum(1))
+        return total.sqrt()
+
+    def idle(now: gg.Graph) -> None:
+        """Step without gradients, so that every fan-in gets shorter by 0.01."""
+        before = lengths(now)
+        for p in {id(t): t for t in now.state.values() if t.requires_grad}.values():
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+        found = lengths(now)
+        assert torch.allclose(found, (before - 0.01).clamp(min=0), rtol=0, atol=1e-12)
+
+    idle(graph)
+    for rewrite in gg.candidates(graph, gg.Widen, units=1)[:2]:
+        grown = gg.apply(graph, rewrite, verify=False)
+        gg.migrate(optimizer, grown)
+        graph = grown.graph
+        idle(graph)
+    for k, p in enumerate({id(t): t for t in graph.state.values() if t.requires_grad}.values()):
+        p.grad = noise(p, seed + k)
+    optimizer.step()
+    assert all(bool(t.isfinite().all()) for t in graph.state.values())
 
 
 def test_sparse_gradients_are_refused() -> None:
