@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,19 +19,10 @@ from torch import Tensor
 from graphgrow.errors import NotApplicable
 from graphgrow.ir.graph import Graph
 from graphgrow.measure.capture import Capture
-from graphgrow.measure.patches import (
-    channels,
-    chunks,
-    gram,
-    mapped,
-    patches,
-    pooled,
-    reads,
-    rows,
-    summable,
-)
+from graphgrow.measure.patches import reads
 from graphgrow.measure.routes import Feed, Product, Read, Route, route
 from graphgrow.measure.spectral import best_update
+from graphgrow.measure.sums import Batch, Sum, Sums, entries_of, kernel_of, outputs_of
 
 Loss = Callable[[Any, Any], Tensor]
 """Gives the mean over a batch's examples of what is to become small, of output and target."""
@@ -123,12 +114,28 @@ def moments(
     routes = _routes(graph, axes, mode)
     batches = list(batches) if project and not isinstance(batches, Sequence) else batches
     sums = _summed(graph, batches, loss, routes, mode)
+    consumers = _consumers(graph, routes, sums)
+    axes_ = {name: _inputs(graph, found, sums) for name, found in routes.items()}
+    crosses = {name: _cross(graph, found, sums) for name, found in routes.items()}
     projected: Mapping[str, Tensor] = {}
     if project:
-        updates = {p: best_update(c.present, c.desired) for p, c in sums.consumers.items()}
+        updates = {path: best_update(c.present, c.desired) for path, c in consumers.items()}
         again = _summed(graph, batches, loss, routes, mode, updates)
-        projected = {name: axis.cross / again.examples for name, axis in again.axes.items()}
-    return {name: _averaged(routes[name], sums, graph, projected.get(name)) for name in routes}
+        projected = {name: _cross(graph, found, again) for name, found in routes.items()}
+    return {
+        name: Moments(
+            name,
+            found,
+            sums.examples,
+            sums.loss / sums.examples,
+            _producers(graph, found),
+            _of_axis(graph, found, consumers),
+            axes_[name],
+            crosses[name],
+            projected.get(name),
+        )
+        for name, found in routes.items()
+    }
 
 
 def obstacle(graph: Graph, axis: str, mode: str = "eval") -> str | None:
@@ -149,36 +156,7 @@ def _routes(graph: Graph, axes: Sequence[str] | None, mode: str) -> dict[str, Ro
     return {r.axis: r for r in found}
 
 
-# --------------------------------------------------------------------------- sums
-
-
-@dataclass
-class _OfConsumer:
-    """Sums of one weight that reads: of what it reads and of what is desired there."""
-
-    present: Tensor
-    desired: Tensor
-    gradient: Tensor
-
-
-@dataclass
-class _OfAxis:
-    """Sums of one axis, and its places for producers and consumers."""
-
-    producers: tuple[Producer, ...]
-    columns: Mapping[str, slice]
-    inputs: Tensor
-    cross: Tensor
-
-
-@dataclass
-class _Sums:
-    """All sums of a pass."""
-
-    axes: Mapping[str, _OfAxis]
-    consumers: Mapping[str, _OfConsumer]
-    loss: float = 0.0
-    examples: int = 0
+# --------------------------------------------------------------------------- passes
 
 
 def _summed(
@@ -188,59 +166,45 @@ def _summed(
     routes: Mapping[str, Route],
     mode: str,
     updates: Mapping[str, Tensor] | None = None,
-) -> _Sums:
-    """Return the sums of one pass, over all ranks; with `updates`, of what these cannot do."""
-    wanted: dict[Product, list[tuple[str, Read]]] = {}
-    for name, found in routes.items():
+) -> Sums:
+    """Return the sums of one pass; with `updates`, of what these cannot do."""
+    wanted: dict[Product, list[Read]] = {}
+    for found in routes.values():
         for read in (read for reads_ in found.reads.values() for read in reads_):
-            wanted.setdefault(read.product, []).append((name, read))
-    sums = _Sums(
-        {name: _of_axis(graph, found) for name, found in routes.items()},
-        {product.weight: _of_consumer(graph, product) for product in wanted},
-    )
-    feeds = {f.product for reads_ in wanted.values() for _, r in reads_ for f in r.feeds}
-    capture = Capture(graph, mode, feeds | set(wanted))
+            wanted.setdefault(read.product, []).append(read)
+    feeds = {f.product for reads_ in wanted.values() for r in reads_ for f in r.feeds}
+    capture, sums = Capture(graph, mode, feeds | set(wanted)), Sums()
     for inputs, target in batches:
         given = inputs if isinstance(inputs, tuple) else (inputs,)
-        batch = _Batch(graph, sums, wanted, updates, len(given[0]))
+        batch = Batch(graph, sums, wanted, updates, len(given[0]))
         value = capture.run(given, target, loss, wanted, batch.add)
         sums.loss += value * batch.examples
         sums.examples += batch.examples
-    _over_ranks(sums)
+    counts = _over_ranks(torch.tensor([sums.loss, sums.examples], dtype=torch.double))
+    sums.loss, sums.examples = float(counts[0]), int(counts[1])
     if not sums.examples:
         raise ValueError("cannot measure without examples: there is no batch")
     return sums
 
 
-def _of_axis(graph: Graph, found: Route) -> _OfAxis:
-    """Return zero sums for an axis."""
+def _over_ranks(tensor: Tensor) -> Tensor:
+    """Return the sum over all ranks, where there are several."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(tensor)
+    return tensor
+
+
+# --------------------------------------------------------------------------- from sums to moments
+
+
+def _producers(graph: Graph, found: Route) -> tuple[Producer, ...]:
     producers, width = [], 0
     for path, uses in found.writes.items():
-        entries, bias = _entries(graph, uses[0]), _bias(found.axis, graph, uses)
-        rows_ = slice(width, width + entries + (bias is not None))
-        producers.append(Producer(path, entries, bias, rows_))
-        width = rows_.stop
-    columns, out = {}, 0
-    for path, reads_ in found.reads.items():
-        size = _columns(graph, reads_[0])
-        columns[path] = slice(out, out + size)
-        out += size
-    like = _like(graph, producers[0].path)
-    inputs = torch.zeros(found.parts, width, width, **like)
-    return _OfAxis(tuple(producers), columns, inputs, torch.zeros(found.parts, width, out, **like))
-
-
-def _entries(graph: Graph, use: Product) -> int:
-    """Return how many numbers of a weight one output channel has."""
-    return graph.state[use.weight].numel() // _outputs(graph, use)
-
-
-def _outputs(graph: Graph, use: Product) -> int:
-    return graph.state[use.weight].shape[use.out]
-
-
-def _kernel(graph: Graph, use: Product) -> tuple[int, ...]:
-    return tuple(graph.state[use.weight].shape[2:]) if use.window else ()
+        entries, bias = entries_of(graph, uses[0]), _bias(found.axis, graph, uses)
+        rows = slice(width, width + entries + (bias is not None))
+        producers.append(Producer(path, entries, bias, rows))
+        width = rows.stop
+    return tuple(producers)
 
 
 def _bias(axis: str, graph: Graph, uses: tuple[Product, ...]) -> str | None:
@@ -250,157 +214,95 @@ def _bias(axis: str, graph: Graph, uses: tuple[Product, ...]) -> str | None:
     return path if path and axis in graph.analysis.state[path][0].axes() else None
 
 
-def _columns(graph: Graph, read: Read) -> int:
-    """Return how many outgoing weights each part of a unit has in one consumer."""
-    use = read.product
-    groups = use.window.groups if use.window else 1
-    return _outputs(graph, use) // groups * math.prod(_kernel(graph, use)) * max(read.flat, 1)
+def _columns(graph: Graph, found: Route) -> dict[str, slice]:
+    """Return the places of each consumer among the outgoing weights of one part of a unit."""
+    columns, out = {}, 0
+    for path, (read, *_) in found.reads.items():
+        use = read.product
+        size = outputs_of(graph, use) // _groups(use) * math.prod(kernel_of(graph, use))
+        columns[path] = slice(out, out + size * max(read.flat, 1))
+        out = columns[path].stop
+    return columns
 
 
-def _like(graph: Graph, path: str) -> dict[str, Any]:
-    return {"dtype": torch.double, "device": graph.state[path].device}
+def _groups(use: Product) -> int:
+    return use.window.groups if use.window else 1
 
 
-def _of_consumer(graph: Graph, product: Product) -> _OfConsumer:
-    """Return zero sums for a weight that reads."""
-    groups = product.window.groups if product.window else 1
-    own = _entries(graph, product) + (product.bias is not None)
-    out, like = _outputs(graph, product) // groups, _like(graph, product.weight)
-    sizes = ((own, own), (own, out), (out, out))
-    return _OfConsumer(*(torch.zeros(groups, *size, **like) for size in sizes))
+def _read_size(graph: Graph, use: Product) -> int:
+    return entries_of(graph, use) + (use.bias is not None)
 
 
-def _over_ranks(sums: _Sums) -> None:
-    """Add up what all ranks have summed, where there are several."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return
-    first = next(iter(sums.axes.values()), None)
-    counts = torch.tensor([sums.loss, float(sums.examples)], dtype=torch.double)
-    counts = counts.to(first.inputs.device) if first else counts
-    torch.distributed.all_reduce(counts)
-    sums.loss, sums.examples = float(counts[0]), int(counts[1])
-    for found in (*sums.axes.values(), *sums.consumers.values()):
-        for tensor in vars(found).values():
-            if isinstance(tensor, Tensor):
-                torch.distributed.all_reduce(tensor)
+def _consumers(graph: Graph, routes: Mapping[str, Route], sums: Sums) -> dict[str, Consumer]:
+    """Return what is known of each weight that reads, by its path; places are those of an axis."""
+    uses: dict[str, dict[Product, None]] = {}
+    for found in routes.values():
+        for path, reads_ in found.reads.items():
+            uses.setdefault(path, {}).update((read.product, None) for read in reads_)
+    return {path: _consumer(graph, path, list(found), sums) for path, found in uses.items()}
 
 
-# --------------------------------------------------------------------------- one batch
+def _consumer(graph: Graph, path: str, uses: list[Product], sums: Sums) -> Consumer:
+    use, device = uses[0], graph.state[path].device
+    groups, b = _groups(use), _read_size(graph, use)
+    out, bias = outputs_of(graph, use) // groups, use.bias is not None
+
+    def total(found: list[Sum | None], sizes: tuple[int, int, int]) -> Tensor:
+        values = [(s or Sum()).value(sizes, bias, device) for s in found]
+        whole = values[0] if len(values) == 1 else sum(values[1:], values[0])
+        return _over_ranks(whole.clone()).div_(sums.examples)
+
+    own = [sums.covariance.get((Feed(u), Feed(u))) for u in uses]
+    present = total(own, (groups, b, b))
+    desired = total([sums.desired.get(u) for u in uses], (groups, b, out))
+    gradient = total([sums.gradient.get(u) for u in uses], (groups, out, out))
+    return Consumer(path, use.bias, slice(0), 1, present, desired, gradient)
 
 
-@dataclass
-class _Batch:
-    """Adds the products of one batch to the sums while its backward pass runs."""
-
-    graph: Graph
-    sums: _Sums
-    wanted: Mapping[Product, list[tuple[str, Read]]]
-    updates: Mapping[str, Tensor] | None
-    examples: int
-    counted: set[tuple[str, frozenset[Feed]]] = field(default_factory=set)
-
-    def add(self, product: Product, read: Mapping[Product, Tensor], gradient: Tensor) -> None:
-        """Add what one use of a consumer has to say; `gradient` is that of the mean loss."""
-        feeds = list({f.product for _, r in self.wanted[product] for f in r.feeds})
-        tensors = [gradient, read[product], *(read[use] for use in feeds)]
-        size = sum(self._size(use, read[use]) for use in (product, *feeds))
-        for examples, (v, own, *others) in chunks(tensors, self.examples, size):
-            x = dict(zip(feeds, others, strict=True))
-            self._add(_Piece(self.graph, examples, product, own, x), v * -self.examples)
-        self.counted.update((name, r.feeds) for name, r in self.wanted[product])
-
-    def _size(self, use: Product, x: Tensor) -> int:
-        """Return about how many numbers the patches of a whole batch have."""
-        window = use.window
-        stride = math.prod(window.stride) if window else 1
-        entries = len(self.graph.state[use.weight]) if use.embeds else 1
-        return x.numel() * math.prod(_kernel(self.graph, use)) * entries // stride
-
-    def _add(self, piece: _Piece, gradient: Tensor) -> None:
-        product = piece.product
-        mine = piece.patches(product, piece.own, product.bias is not None)
-        groups = product.window.groups if product.window else 1
-        convolved = product.window is not None
-        v = channels(summable(gradient), groups, piece.examples, convolved)
-        consumer = self.sums.consumers[product.weight]
-        if self.updates is None:
-            consumer.present += gram(mine, mine)
-            consumer.desired += gram(mine, v)
-            consumer.gradient += gram(v, v)
-        else:
-            able = self.updates[product.weight].to(v).mT @ mine.flatten(2)
-            v = v - able.reshape(v.shape)
-        for name, read in self.wanted[product]:
-            axis = self.sums.axes[name]
-            columns = axis.columns[product.weight]
-            x = [(p.rows, piece.joined(p, read)) for p in axis.producers]
-            fed = [(rows_, found) for rows_, found in x if found is not None]
-            for rows_, found in fed:
-                axis.cross[:, rows_, columns] += piece.met(found, v, read)
-            if self.updates is None and (name, read.feeds) not in self.counted:
-                for (p, a), (q, b) in itertools.product(fed, repeat=2):
-                    axis.inputs[:, p, q] += gram(a, b)
+def _of_axis(graph: Graph, found: Route, consumers: Mapping[str, Consumer]) -> tuple[Consumer, ...]:
+    """Return an axis' consumers with their places and how often they read a position of a unit."""
+    placed = []
+    for path, columns in _columns(graph, found).items():
+        uses = found.reads[path]
+        same, use = max(sum(u.feeds == r.feeds for u in uses) for r in uses), uses[0].product
+        often = reads(use.window, kernel_of(graph, use)) if use.window else 1
+        placed.append(replace(consumers[path], columns=columns, reads=same * often))
+    return tuple(placed)
 
 
-@dataclass
-class _Piece:
-    """A few examples of a batch: what one consumer and all that feed it read."""
-
-    graph: Graph
-    examples: int
-    product: Product
-    own: Tensor
-    x: Mapping[Product, Tensor]
-
-    def patches(self, use: Product, x: Tensor, bias: bool) -> Tensor:
-        """Return what one use of a weight reads at each position: `(g, e, n, *positions)`."""
-        if use.window is not None:
-            return patches(summable(x), use.window, _kernel(self.graph, use), bias)
-        if use.embeds:
-            weight = self.graph.state[use.weight]
-            x = torch.nn.functional.one_hot(x.flatten(), len(weight)).to(weight.dtype)
-        return rows(summable(x), self.examples, bias)
-
-    def joined(self, producer: Producer, read: Read) -> Tensor | None:
-        """Return what a producer reads where a consumer reads it, None if it does not feed it."""
-        found = None
-        for feed in read.feeds:
-            if feed.product.weight == producer.path:
-                use = feed.product
-                x = pooled(self.patches(use, self.x[use], producer.bias is not None), feed.pools)
-                found = x if found is None else found + x
-        return found
-
-    def met(self, x: Tensor, v: Tensor, read: Read) -> Tensor:
-        """Return products of what producers read and what the consumer wants: `(g, in, out)`."""
-        window = self.product.window
-        if window is not None:
-            x = x.reshape(*x.shape[:2], self.own.shape[0], *self.own.shape[2:])
-            return mapped(x, v, window, _kernel(self.graph, self.product))
-        if read.flat:
-            return torch.einsum("gent,gon->geto", x.flatten(3), v.flatten(2)).flatten(2)
-        return gram(x, v)
+def _inputs(graph: Graph, found: Route, sums: Sums) -> Tensor:
+    """Return the covariance of what the producers of an axis read, joined: `(parts, in, in)`."""
+    producers = _producers(graph, found)
+    width, device = producers[-1].rows.stop, graph.state[producers[0].path].device
+    joined = torch.zeros(found.parts, width, width, dtype=torch.double, device=device)
+    fed = {read.feeds for reads_ in found.reads.values() for read in reads_}
+    for feeds in fed:
+        for p, q in itertools.product(producers, repeat=2):
+            for a, b in itertools.product(feeds, repeat=2):
+                if (a.product.weight, b.product.weight) == (p.path, q.path):
+                    e, f = (_read_size(graph, feed.product) for feed in (a, b))
+                    sizes = (_groups(a.product), e, f)
+                    bias = a.product.bias is not None
+                    value = sums.covariance.get((a, b), Sum()).value(sizes, bias, device)
+                    height, across = (r.rows.stop - r.rows.start for r in (p, q))
+                    joined[:, p.rows, q.rows] += value[:, :height, :across]
+    return _over_ranks(joined).div_(sums.examples)
 
 
-def _averaged(found: Route, sums: _Sums, graph: Graph, projected: Tensor | None) -> Moments:
-    """Return the averages over examples of an axis' sums."""
-    axis, n = sums.axes[found.axis], sums.examples
-    consumers = []
-    for path, columns in axis.columns.items():
-        own, uses = sums.consumers[path], found.reads[path]
-        same = max(sum(u.feeds == r.feeds for u in uses) for r in uses)
-        use = uses[0].product
-        often = reads(use.window, _kernel(graph, use)) if use.window else 1
-        means = (own.present / n, own.desired / n, own.gradient / n)
-        consumers.append(Consumer(path, use.bias, columns, same * often, *means))
-    return Moments(
-        found.axis,
-        found,
-        n,
-        sums.loss / n,
-        axis.producers,
-        tuple(consumers),
-        axis.inputs / n,
-        axis.cross / n,
-        projected,
-    )
+def _cross(graph: Graph, found: Route, sums: Sums) -> Tensor:
+    """Return the cross moment of an axis: `(parts, in, out)`."""
+    producers, columns = _producers(graph, found), _columns(graph, found)
+    width, out = producers[-1].rows.stop, max(c.stop for c in columns.values())
+    device = graph.state[producers[0].path].device
+    joined = torch.zeros(found.parts, width, out, dtype=torch.double, device=device)
+    for path, reads_ in found.reads.items():
+        for p, read in itertools.product(producers, reads_):
+            for feed in read.feeds:
+                if feed.product.weight == p.path:
+                    use, size = feed.product, columns[path].stop - columns[path].start
+                    sizes = (found.parts, _read_size(graph, use), size)
+                    known = sums.cross.get((feed, read.product), Sum())
+                    value = known.value(sizes, use.bias is not None, device)
+                    height = p.rows.stop - p.rows.start
+                    joined[:, p.rows, columns[path]] += value[:, :height]
+    return _over_ranks(joined).div_(sums.examples)

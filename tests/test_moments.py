@@ -515,3 +515,14 @@ def test_a_tied_weight_is_measured_on_both_of_its_sides() -> None:
     joined = torch.cat([x, torch.ones(5, 1, dtype=torch.double)], 1)
     assert close(found.inputs[0], joined.T @ joined / 5)
     assert close(found.cross[0], -joined.T @ (2 * model(x)) / 5)
+
+
+def test_all_axes_at_once_are_measured_as_each_alone() -> None:
+    for name in ("inside the groups", "residual stage", "densely connected", "called twice"):
+        model, graph = traced(CASES[name])
+        batches = data(model, CASES[name], (3, 2))
+        for axis, found in moments(graph, batches, loss, project=True).items():
+            alone = moments(graph, batches, loss, [axis], project=True)[axis]
+            assert close(found.inputs, alone.inputs) and close(found.cross, alone.cross)
+            for one, other in zip(found.consumers, alone.consumers, strict=True):
+                assert one.columns == other.columns and close(one.present, other.present)
