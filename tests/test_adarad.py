@@ -400,6 +400,44 @@ def test_a_state_dict_and_a_copy_go_on_in_the_same_way(kind) -> None:
 
 
 @pytest.mark.parametrize("kind", [gg.AdaRad, gg.AdaRadM])
+def test_a_new_layer_joins_with_fan_ins_of_its_own(kind) -> None:
+    model = mlp(4, 3, 2, bias=True)
+    graph = traced(model)
+    optimizer = kind(graph, lr=0.1, radial_lr=0.1, penalty=0.1)
+    stepped(optimizer, model, 0)
+    before = optimizer.state["fans"]["capacity"].clone()
+    grown = gg.apply(graph, gg.Deepen("2"))
+    gg.migrate(optimizer, grown)
+    assert optimizer.fans.names == ("0", "2_in", "2")
+    assert optimizer.state["fans"]["capacity"].tolist() == [
+        *before[:3].tolist(),
+        *[0.0] * 3,
+        *before[3:].tolist(),
+    ]
+    weight = grown.graph.state["2_in.weight"]
+    length = weight.detach().norm(dim=1)
+    bias = grown.graph.state.get("2_in.bias")
+    for p in grown.graph.state.values():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert bias is not None or weight.shape == (3, 3)
+    assert torch.allclose(weight.norm(dim=1), length - 0.01, atol=1e-12)
+
+
+def test_capping_a_norm_leaves_the_fan_ins_as_they_are() -> None:
+    model, graph = stage()
+    optimizer = gg.AdaRad(graph, lr=0.1, radial_lr=0.1, penalty=0.1)
+    stepped(optimizer, model, 0)
+    before = optimizer.state["fans"]["square"].clone()
+    grown = gg.apply(graph, gg.Cap("norm"))
+    gg.migrate(optimizer, grown)
+    assert torch.equal(optimizer.state["fans"]["square"], before)
+    assert [group["name"] for group in optimizer.param_groups][-1] == "rest"
+    assert optimizer.param_groups[-1]["params"] == []
+    stepped(optimizer, gg.lower(grown.graph), 1)
+
+
+@pytest.mark.parametrize("kind", [gg.AdaRad, gg.AdaRadM])
 @given(net=networks(), seed=st.integers(0, 2**16))
 @settings(max_examples=25)
 def test_any_network_steps_grows_and_steps(kind, net, seed: int) -> None:
