@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import re
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -526,3 +528,22 @@ def test_all_axes_at_once_are_measured_as_each_alone() -> None:
             assert close(found.inputs, alone.inputs) and close(found.cross, alone.cross)
             for one, other in zip(found.consumers, alone.consumers, strict=True):
                 assert one.columns == other.columns and close(one.present, other.present)
+
+
+def test_nothing_of_a_batch_is_kept_after_it() -> None:
+    """Without the help of the garbage collector: what a batch read is gone with its pass."""
+    _, graph = traced(CASES["channels"])
+    seen: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
+
+    def noted(output: Tensor, target: None) -> Tensor:
+        alive.append(sum(ref() is not None for ref in seen))
+        seen.append(weakref.ref(output))
+        return _mean(output, target)
+
+    gc.disable()
+    try:
+        moments(graph, [(batch(CASES["channels"], 2), None)] * 4, noted, ["0"])
+    finally:
+        gc.enable()
+    assert alive == [0, 0, 0, 0]

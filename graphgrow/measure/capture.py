@@ -49,10 +49,12 @@ class Capture:
         """Return the loss of a batch; `desired` is called in the backward pass for `wanted`."""
         run = _Run(self, wanted, desired)
         with torch.random.fork_rng([d.index or 0 for d in self.devices]), torch.enable_grad():
-            output = run.run(*tree_map(_plain, inputs))
-            value = loss(output, target)
-            if run.anchors and value.requires_grad:
-                torch.autograd.grad(value, run.anchors, allow_unused=True)
+            try:
+                value = loss(run.run(*tree_map(_plain, inputs)), target)
+                if run.anchors and value.requires_grad:
+                    torch.autograd.grad(value, run.anchors, allow_unused=True)
+            finally:
+                run.forget()
         return float(value.detach())
 
 
@@ -84,6 +86,7 @@ class _Run(fx.Interpreter):
         self.wanted = {product.step.node: product for product in wanted}
         self.read: dict[Product, Tensor] = {}
         self.anchors: list[Tensor] = []
+        self.hooks: list[Any] = []
 
     def run_node(self, n: fx.Node) -> Any:
         """Return the value of a node, its contractions watched."""
@@ -101,8 +104,17 @@ class _Run(fx.Interpreter):
             anchor = torch.zeros((), dtype=result.dtype, device=result.device, requires_grad=True)
             self.anchors.append(anchor)
             result = result + anchor
-        result.register_hook(lambda found: self.desired(product, self.read, found.detach()))
+        hook = result.register_hook(lambda found: self.desired(product, self.read, found.detach()))
+        self.hooks.append(hook)
         return result
+
+    def forget(self) -> None:
+        """Let go of all tensors: hooks refer to this run and values of it to the hooks."""
+        for hook in self.hooks:
+            hook.remove()
+        self.read.clear()
+        self.anchors.clear()
+        self.env.clear()
 
 
 class _Watch(TorchDispatchMode):
