@@ -115,8 +115,10 @@ def moments(
     batches = list(batches) if project and not isinstance(batches, Sequence) else batches
     sums = _summed(graph, batches, loss, routes, mode)
     consumers = _consumers(graph, routes, sums)
-    axes_ = {name: _inputs(graph, found, sums) for name, found in routes.items()}
-    crosses = {name: _cross(graph, found, sums) for name, found in routes.items()}
+    cross = {name: _cross(graph, found, sums) for name, found in routes.items()}
+    sums.cross.clear()
+    inputs = {name: _inputs(graph, found, sums) for name, found in routes.items()}
+    sums.covariance.clear()
     projected: Mapping[str, Tensor] = {}
     if project:
         updates = {path: best_update(c.present, c.desired) for path, c in consumers.items()}
@@ -130,8 +132,8 @@ def moments(
             sums.loss / sums.examples,
             _producers(graph, found),
             _of_axis(graph, found, consumers),
-            axes_[name],
-            crosses[name],
+            inputs[name],
+            cross[name],
             projected.get(name),
         )
         for name, found in routes.items()
@@ -245,17 +247,18 @@ def _consumers(graph: Graph, routes: Mapping[str, Route], sums: Sums) -> dict[st
 def _consumer(graph: Graph, path: str, uses: list[Product], sums: Sums) -> Consumer:
     use, device = uses[0], graph.state[path].device
     groups, b = _groups(use), _read_size(graph, use)
-    out, bias = outputs_of(graph, use) // groups, use.bias is not None
+    out = outputs_of(graph, use) // groups
 
-    def total(found: list[Sum | None], sizes: tuple[int, int, int]) -> Tensor:
-        values = [(s or Sum()).value(sizes, bias, device) for s in found]
-        whole = values[0] if len(values) == 1 else sum(values[1:], values[0])
-        return _over_ranks(whole.clone()).div_(sums.examples)
+    def mean(found: list[Sum | None], *sizes: int) -> Tensor:
+        total = torch.zeros(groups, *sizes, dtype=torch.double, device=device)
+        for part in found:
+            if part is not None:
+                part.into(total)
+        return _over_ranks(total).div_(sums.examples)
 
-    own = [sums.covariance.get((Feed(u), Feed(u))) for u in uses]
-    present = total(own, (groups, b, b))
-    desired = total([sums.desired.get(u) for u in uses], (groups, b, out))
-    gradient = total([sums.gradient.get(u) for u in uses], (groups, out, out))
+    present = mean([sums.covariance.get((Feed(u), Feed(u))) for u in uses], b, b)
+    desired = mean([sums.desired.pop(u, None) for u in uses], b, out)
+    gradient = mean([sums.gradient.pop(u, None) for u in uses], out, out)
     return Consumer(path, use.bias, slice(0), 1, present, desired, gradient)
 
 
@@ -279,13 +282,9 @@ def _inputs(graph: Graph, found: Route, sums: Sums) -> Tensor:
     for feeds in fed:
         for p, q in itertools.product(producers, repeat=2):
             for a, b in itertools.product(feeds, repeat=2):
-                if (a.product.weight, b.product.weight) == (p.path, q.path):
-                    e, f = (_read_size(graph, feed.product) for feed in (a, b))
-                    sizes = (_groups(a.product), e, f)
-                    bias = a.product.bias is not None
-                    value = sums.covariance.get((a, b), Sum()).value(sizes, bias, device)
-                    height, across = (r.rows.stop - r.rows.start for r in (p, q))
-                    joined[:, p.rows, q.rows] += value[:, :height, :across]
+                known = sums.covariance.get((a, b))
+                if known and (a.product.weight, b.product.weight) == (p.path, q.path):
+                    known.into(joined[:, p.rows, q.rows])
     return _over_ranks(joined).div_(sums.examples)
 
 
@@ -298,11 +297,7 @@ def _cross(graph: Graph, found: Route, sums: Sums) -> Tensor:
     for path, reads_ in found.reads.items():
         for p, read in itertools.product(producers, reads_):
             for feed in read.feeds:
-                if feed.product.weight == p.path:
-                    use, size = feed.product, columns[path].stop - columns[path].start
-                    sizes = (found.parts, _read_size(graph, use), size)
-                    known = sums.cross.get((feed, read.product), Sum())
-                    value = known.value(sizes, use.bias is not None, device)
-                    height = p.rows.stop - p.rows.start
-                    joined[:, p.rows, columns[path]] += value[:, :height]
+                known = sums.cross.get((feed, read.product))
+                if known and feed.product.weight == p.path:
+                    known.into(joined[:, p.rows, columns[path]])
     return _over_ranks(joined).div_(sums.examples)

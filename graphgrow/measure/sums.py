@@ -55,15 +55,16 @@ def outputs_of(graph: Graph, use: Product) -> int:
 class Sum:
     """One sum of products `(parts, e, f)`: dense, or by segments where two convolutions read.
 
-    `edges` are the sums with the entries of ones, which stand last: a column and its number of
-    positions where x and y are the same patches, a row where y is a desired update. With `upper`,
-    only what is above the diagonal of the dense sum counts.
+    `edge` is what the entry of ones adds, which stands last after `entries` others: sums of what is
+    read, with the `count` of positions, or of what is desired. With `upper`, only what is above the
+    diagonal of the dense sum counts.
     """
 
     dense: Tensor | None = None
     correlation: Correlation | None = None
     edge: Tensor | None = None
     count: float = 0.0
+    entries: int = 0
     upper: bool = False
 
     def add(self, found: Tensor) -> None:
@@ -80,25 +81,22 @@ class Sum:
             self.dense[:, i, j] += x[:, i] @ x[:, j].mT
         self.upper = True
 
-    def value(self, sizes: tuple[int, int, int], bias: bool, device: torch.device) -> Tensor:
-        """Return the sum, `(parts, e, f)` with the entries of ones, zero where nothing came."""
+    def into(self, out: Tensor) -> None:
+        """Add the sum to a tensor `(parts, e, f)`, which may leave out the entries of ones."""
         if self.dense is not None:
-            return _mirrored(self.dense) if self.upper else self.dense
-        out = torch.zeros(sizes, dtype=torch.double, device=device)
+            dense = _mirrored(self.dense) if self.upper else self.dense
+            out += dense[:, : out.shape[1], : out.shape[2]]
         if self.correlation is None or self.edge is None:
-            return out
+            return
         first, second = self.correlation.kernels
-        e, f = (n - bias for n in sizes[1:]) if self.correlation.symmetric else sizes[1:]
-        e = sizes[1] - bias
-        inner = out[:, :e, :f]
-        split = inner.unflatten(2, (-1, *second)).unflatten(1, (-1, *first))
-        self.correlation.into(split)
-        edge = self.edge.flatten(1)
-        if bias and self.correlation.symmetric:
-            out[:, :e, e], out[:, e, :e], out[:, e, e] = edge, edge, self.count
-        elif bias:
-            out[:, e] = edge
-        return out
+        e, symmetric, edge = self.entries, self.correlation.symmetric, self.edge.flatten(1)
+        inner = out[:, :e, :e] if symmetric else out[:, :e]
+        self.correlation.into(inner.unflatten(2, (-1, *second)).unflatten(1, (-1, *first)))
+        if out.shape[1] > e:
+            out[:, e, : e if symmetric else None] += edge
+            if symmetric:
+                out[:, :e, e] += edge
+                out[:, e, e] += self.count
 
 
 def _mirrored(upper: Tensor) -> Tensor:
@@ -234,6 +232,7 @@ class Piece:
             for d, n in zip(lines(use.window, kernel), x.shape[3:], strict=True)
         ]
         found.correlation = found.correlation or Correlation((kernel, kernel), True)
+        found.entries = entries_of(self.graph, use)
         found.correlation.add(x, x, along)
         out = _out(x, use.window, kernel)
         edge = read_sums(x, use.window, kernel, out)
@@ -275,6 +274,7 @@ class Piece:
         spans = zip(lines(use.window, first), lines(window, kernel), sizes, strict=True)
         along: list[Along] = [through_units(a, b, size) for a, b, size in spans]
         found.correlation = found.correlation or Correlation((first, kernel), False)
+        found.entries = entries_of(self.graph, use)
         found.correlation.add(x, v, along)
         edge = wanted_sums(v, window, kernel, units)
         found.edge = edge if found.edge is None else found.edge + edge
