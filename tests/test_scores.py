@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from strategies import fill as filled
 from test_moments import CASES, VECTOR, Case, batch, close, data, loss, row, traced
 from torch import Tensor, nn
 
