@@ -7,6 +7,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import Tied, networks
 from strategies import fill as filled
 from test_moments import CASES, VECTOR, Case, batch, close, data, loss, row, traced
 from torch import Tensor, nn
@@ -296,3 +299,24 @@ def test_units_that_would_add_a_constant_are_not_proposed_by_tiny() -> None:
     graph, found, _ = measured(case)
     assert gg.scores.Tiny(1).proposals(graph, {found.axis: found}) == []
     assert len(gg.scores.GradMax(1).proposals(graph, {found.axis: found})) == 1
+
+
+@pytest.mark.parametrize("score", SCORES, ids=lambda s: type(s).__name__)
+def test_a_tied_weight_gets_no_proposal(score: Any) -> None:
+    graph, found, _ = measured((lambda: row(Tied(3, 4), nn.Linear(3, 2)), "0.encoder", VECTOR), 5)
+    assert score.proposals(graph, {found.axis: found}) == []
+
+
+@settings(max_examples=30)
+@given(st.data())
+def test_what_is_proposed_for_random_networks_is_exact(drawn: Any) -> None:
+    network = drawn.draw(networks())
+    graph, x = network.trace(), network.inputs(4)
+
+    def small(output: Tensor, target: None) -> Tensor:
+        return output.square().flatten(1).sum(1).mean()
+
+    found = moments(graph, [(x, None)], small, project=True)
+    for score in (gg.scores.Tiny(1), gg.scores.GradMax(1), gg.scores.Random(1)):
+        for proposal in score.proposals(graph, found):
+            gg.apply(graph, proposal.rewrite)

@@ -14,7 +14,7 @@ import torch
 from graphgrow.ir.graph import Graph
 from graphgrow.moments import Moments
 from graphgrow.passes.weights import Given, ZeroIncoming
-from graphgrow.scores.proposal import Proposal, Site
+from graphgrow.scores.proposal import Proposal, Site, untied
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class GradMax:
 
     def proposals(self, graph: Graph, moments: Mapping[str, Moments]) -> list[Proposal]:
         """Return a proposal for each axis where units are alive and exact."""
-        found = (self._proposal(graph, m) for m in moments.values())
+        found = (self._proposal(graph, m) for m in untied(graph, moments))
         return [p for p in found if p is not None]
 
     def _proposal(self, graph: Graph, moments: Moments) -> Proposal | None:

@@ -42,6 +42,19 @@ class Proposal:
     target: Given | None = None
 
 
+def untied(graph: Graph, moments: Mapping[str, Moments]) -> list[Moments]:
+    """Return the moments of axes whose incoming weights are not the outgoing ones as well.
+
+    One tensor that writes an axis and reads it in the same dim leaves no choice of two sides.
+    """
+    found = []
+    for measured in moments.values():
+        written = {at.path for at in graph.axes[measured.axis].producers}
+        if all(producer.path in written for producer in measured.producers):
+            found.append(measured)
+    return found
+
+
 @dataclass(frozen=True, eq=False)
 class Site:
     """One axis that new units are proposed for: its moments, and the edit that inserts them."""

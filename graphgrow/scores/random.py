@@ -11,7 +11,7 @@ import torch
 from graphgrow.ir.graph import Graph
 from graphgrow.moments import Moments
 from graphgrow.passes.weights import Given, ZeroOutgoing
-from graphgrow.scores.proposal import Proposal, Site
+from graphgrow.scores.proposal import Proposal, Site, untied
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Random:
 
     def proposals(self, graph: Graph, moments: Mapping[str, Moments]) -> list[Proposal]:
         """Return a proposal for each axis."""
-        found = (self._proposal(graph, m) for m in moments.values())
+        found = (self._proposal(graph, m) for m in untied(graph, moments))
         return [p for p in found if p.rewrite.obstacle(graph) is None]
 
     def _proposal(self, graph: Graph, moments: Moments) -> Proposal:

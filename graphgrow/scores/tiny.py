@@ -17,7 +17,7 @@ from graphgrow.ir.graph import Graph
 from graphgrow.measure.spectral import best_update, inverse_root
 from graphgrow.moments import Moments
 from graphgrow.passes.weights import Given
-from graphgrow.scores.proposal import Proposal, Site
+from graphgrow.scores.proposal import Proposal, Site, untied
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Tiny:
 
     def proposals(self, graph: Graph, moments: Mapping[str, Moments]) -> list[Proposal]:
         """Return a proposal for each axis where one significant unit at least is found."""
-        found = (self._proposal(graph, m) for m in moments.values())
+        found = (self._proposal(graph, m) for m in untied(graph, moments))
         return [p for p in found if p is not None and p.rewrite.obstacle(graph) is None]
 
     def _proposal(self, graph: Graph, moments: Moments) -> Proposal | None:
