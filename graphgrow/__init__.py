@@ -24,7 +24,7 @@ from graphgrow.passes.identity import Identity
 from graphgrow.passes.layers import Factor, Split
 from graphgrow.passes.remove import Absorb, Remove
 from graphgrow.passes.rewrite import Grown
-from graphgrow.passes.weights import Copy, Given, Pairs, ZeroIncoming, ZeroOutgoing
+from graphgrow.passes.weights import Copy, Given, MeanFill, Pairs, ZeroIncoming, ZeroOutgoing
 from graphgrow.passes.widen import Widen
 from graphgrow.verify import compare
 from graphgrow.version import __version__
@@ -46,6 +46,7 @@ __all__ = [
     "Grower",
     "Grown",
     "Identity",
+    "MeanFill",
     "NotApplicable",
     "NotEquivalent",
     "Pairs",

@@ -215,8 +215,15 @@ class _Taste:
     awkward: bool = True
 
 
-SMOOTH = (nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.Softplus, lambda: nn.LeakyReLU(0.1))
-KINKED = (nn.ReLU, lambda: nn.ReLU(inplace=True), nn.Hardswish, nn.ReLU6, nn.ELU)
+SMOOTH = (nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.Softplus)
+KINKED = (
+    lambda: nn.LeakyReLU(0.1),
+    nn.ReLU,
+    lambda: nn.ReLU(inplace=True),
+    nn.Hardswish,
+    nn.ReLU6,
+    nn.ELU,
+)
 widths = st.integers(1, 6)
 seeds = st.integers(0, 2**16)
 
@@ -369,6 +376,12 @@ def _residual(draw: st.DrawFn, taste: _Taste, shape: Shape) -> nn.Module:
     return Residual(_branch(draw, taste, shape, out), _layer(draw, shape, out, kernel=1))
 
 
+def _stream(draw: st.DrawFn, taste: _Taste, shape: Shape) -> nn.Module:
+    """Return a pre-norm residual block and the norm that ends the stream."""
+    branch = nn.Sequential(nn.LayerNorm(shape[0]), _branch(draw, taste, shape, shape[0]))
+    return nn.Sequential(Residual(branch, nn.Identity()), nn.LayerNorm(shape[0], eps=1e-3))
+
+
 def _concat(draw: st.DrawFn, taste: _Taste, shape: Shape) -> nn.Module:
     branches = [_unit(draw, taste, shape, draw(st.integers(1, 3))) for _ in range(2)]
     return Concat(nn.Identity(), branches[0]) if draw(st.booleans()) else Concat(*branches)
@@ -459,6 +472,7 @@ BLOCKS: dict[str, tuple[tuple[int, ...], Builder]] = {
     "pixels": ((3,), _pixels),
     "upward": ((3,), _upward),
     "tied": ((1,), lambda d, t, s: Tied(s[0], d(widths))),
+    "stream": ((1,), _stream),
     "siblings": ((1,), lambda d, t, s: Siblings(s[0])),
     "awkward": (ANY, _awkward),
 }
@@ -472,6 +486,7 @@ schemes = st.one_of(
     st.builds(gg.ZeroIncoming, st.sampled_from([None, 0.7]), seeds),
     st.builds(gg.Pairs, seeds),
     st.builds(gg.Copy, st.none(), seeds),
+    st.builds(gg.MeanFill, seeds),
 )
 
 

@@ -743,6 +743,7 @@ class Related:
     widths: dict[str, int]
     frozen: dict[str, str]
     summed: dict[str, list[tuple[int, int]]]
+    mixed: set[str]
 
     def free(self) -> Iterator[str]:
         """Yield the axes that may change."""
@@ -787,9 +788,9 @@ def related(row: Row, sample: Sample, seed: int) -> Related:
         for atom in layout.leaves(c.over):
             summed.setdefault(names[atom], []).append((c.slot, c.dim))
     frozen = {name: atom.frozen for atom, name in names.items() if atom.frozen is not None}
-    return Related(
-        sample, row, outcome, tensors, call.outs, settled(dims), outputs, widths, frozen, summed
-    )
+    mixed = {names[atom] for atom in layout.leaves(outcome.mixed)}
+    ins, outs = settled(dims), call.outs
+    return Related(sample, row, outcome, tensors, outs, ins, outputs, widths, frozen, summed, mixed)
 
 
 def check(row: Row, sample: Sample, seed: int) -> None:
@@ -798,6 +799,9 @@ def check(row: Row, sample: Sample, seed: int) -> None:
     rng = np.random.default_rng(seed)
     for axis in r.free():
         unit = int(rng.integers(r.widths[axis]))
+        if axis in r.mixed:
+            check_centred(r, axis, rng)
+            continue
         if r.sample.content == "follows":
             check_gathered(r, axis, rng)
         if axis in r.summed:
@@ -841,6 +845,23 @@ def check_gathered(r: Related, axis: str, rng: np.random.Generator) -> None:
     got = r.sample.run(all_gathered(r, axis, units))
     wanted = [gathered(r, o, dims, axis, units) for o, dims in zip(r.outs, r.outputs, strict=True)]
     agree(got, wanted, f"units of {axis} gathered by {units}")
+
+
+def check_centred(r: Related, axis: str, rng: np.random.Generator) -> None:
+    """Units may change places; new ones that are the mean leave the others as they were."""
+    units = rng.permutation(r.widths[axis])
+    wanted = [gathered(r, o, dims, axis, units) for o, dims in zip(r.outs, r.outputs, strict=True)]
+    agree(r.sample.run(all_gathered(r, axis, units)), wanted, f"units of {axis} as {units}")
+    old, more = r.widths[axis], int(rng.integers(1, 4))
+    new, ratio = old + more, old / (old + more)
+    args, _ = r.sample.filled(r.tensors)
+    x, _, weight, bias, eps = args
+    x = torch.cat([x, x.mean(-1, keepdim=True).expand(*x.shape[:-1], more)], -1)
+    weight = torch.cat([weight, weight.new_ones(more)]) * ratio**0.5
+    bias = None if bias is None else torch.cat([bias, bias.new_zeros(more)])
+    got = r.sample.func(x, [new], weight, bias, eps * ratio)[0]
+    agree([got[..., :old]], [r.outs[0]], f"{more} new units of {axis}")
+    assert got[..., old:].abs().max() < 1e-12
 
 
 def touched(r: Related, tensor: Tensor, layouts: list[Layout], axis: str, units: Any) -> Tensor:
@@ -1214,8 +1235,13 @@ SAID: tuple[tuple[torch._ops.OpOverload, tuple[Any, ...], str], ...] = (
     ),
     (
         aten.native_layer_norm.default,
+        (t(2, 3, 4), [4], None, None, 1.0),
+        "a b c! -> a b c!, a b 1, a b 1",
+    ),
+    (
+        aten.native_layer_norm.default,
         (t(2, 3, 4), [4], t(4), t(4), 1.0),
-        "a b c!, c!, c! -> a b c!, a b 1, a b 1",
+        "a b c, c, c -> a b c, a b 1, a b 1",
     ),
     (
         aten.native_group_norm.default,

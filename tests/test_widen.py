@@ -270,7 +270,6 @@ REFUSED = {
     ("residual stage", "ZeroIncoming"): PADS,
     ("inside a residual block", "ZeroIncoming"): PADS,
     # one tensor writes the units and reads them: it is not zero, or split, on one side alone
-    ("tied parameters", "ZeroIncoming"): "reads new units through weights that are not zero",
     ("tied parameters", "Pairs"): "reads new units through weights that are not zero",
     ("tied parameters", "Copy"): "do not add up to its old weights",
     # dropout draws for the copy on its own

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -48,7 +48,7 @@ class Step:
     """One ATen call of a run: operator, values in and out, and what it does with axes.
 
     `contracted` maps an input slot and dim to the axes that are summed over there; `batched` are
-    axes that both factors of a contraction keep.
+    axes that both factors of a contraction keep, `mixed` those whose units a norm compares.
     """
 
     mode: str
@@ -62,6 +62,7 @@ class Step:
     outputs: tuple[int, ...]
     contracted: Mapping[tuple[int, int], frozenset[str]] = field(default_factory=dict)
     batched: frozenset[str] = frozenset()
+    mixed: frozenset[str] = frozenset()
     bias: int | None = None
     border: bool = False
 
@@ -418,7 +419,7 @@ class _Settled:
 
     def __init__(self, watch: _Watch, graph: Any) -> None:
         self.watch, self.graph = watch, graph
-        self.roles: dict[Atom, dict[ParameterDim, str]] = {}
+        self.roles: dict[Atom, dict[ParameterDim, set[str]]] = {}
         self.written_by: dict[Atom, ParameterDim] = {}
         self.names: dict[Atom, str] = {}
         self.taken: set[str] = set()
@@ -460,6 +461,8 @@ class _Settled:
 
     def _collect_roles(self) -> None:
         for step, outcome in self.watch.steps:
+            if [len(term) for term in layout.expand(outcome.mixed)] != [1]:
+                freeze(outcome.mixed, "mixes its units")
             for slot, number in enumerate(step.inputs):
                 source = self.watch.sources.get(number)
                 if source is not None and step.row.kind is not Kind.MOVE:
@@ -468,7 +471,7 @@ class _Settled:
             for d, parts in enumerate(self.watch.of(self.watch.state[path])):
                 self._refuse_powers(parts)
                 for atom in layout.leaves(parts):
-                    self.roles.setdefault(atom, {}).setdefault(ParameterDim(path, d), "carrier")
+                    self.roles.setdefault(atom, {}).setdefault(ParameterDim(path, d), set())
 
     def _refuse_powers(self, parts: Composition) -> None:
         """Freeze axes that a dim multiplies with themselves: their units have no slices."""
@@ -493,13 +496,10 @@ class _Settled:
                 at = source.dims.index(d) if source.dims and d in source.dims else None
                 here = over.get(at, set()) if at is not None else summed
                 role = _role(step, slot, d, atom in here and not met, atom in batched)
-                known = self.roles.setdefault(atom, {})
                 key = ParameterDim(source.path, d)
                 if role == "producer":
                     self.written_by.setdefault(atom, key)
-                if _RANK[role] > _RANK.get(known.get(key, ""), -1):
-                    known.pop(key, None)
-                    known[key] = role
+                self.roles.setdefault(atom, {}).setdefault(key, set()).add(role)
 
     def _name_axes(self) -> None:
         """Name each axis after what first writes it, else after what reads or carries it."""
@@ -508,7 +508,7 @@ class _Settled:
                 self.names[atom] = self._name(atom, key, "producer")
         for wanted in ("consumer", "carrier"):
             for atom, roles in self.roles.items():
-                key = next((k for k, role in roles.items() if role == wanted), None)
+                key = next((k for k, found in roles.items() if _is(wanted, found)), None)
                 if key is not None and atom not in self.names and self._is_axis(atom):
                     self.names[atom] = self._name(atom, key, wanted)
         order = {atom: i for i, atom in enumerate(self.roles)}
@@ -517,7 +517,7 @@ class _Settled:
     def _is_axis(self, atom: Atom) -> bool:
         """Return whether an atom is a set of units, not a size that is only part of a shape."""
         if atom.frozen == SPATIAL:
-            return "producer" in self.roles[atom].values()
+            return atom in self.written_by
         return atom.frozen not in (KERNEL, layout.ONE_ONLY) and atom.size > 0
 
     def _name(self, atom: Atom, key: ParameterDim, role: str) -> str:
@@ -536,12 +536,11 @@ class _Settled:
 
     def _axis(self, atom: Atom, name: str, summed: frozenset[str]) -> Axis:
         def of(role: str) -> tuple[ParameterDim, ...]:
-            return tuple(k for k, r in self.roles[atom].items() if r == role)
+            return tuple(k for k, found in self.roles[atom].items() if _is(role, found))
 
         producers, consumers, carriers = of("producer"), of("consumer"), of("carrier")
         reason = atom.frozen
-        written = [self.written_by[atom]] if atom in self.written_by else []
-        if reason is None and not self._learns((*written, *producers, *carriers)):
+        if reason is None and not self._learns(producers + carriers):
             reason = "is written by no parameter"
         if reason is None and name not in summed:
             reason = "is summed over nowhere"
@@ -553,8 +552,12 @@ class _Settled:
 
     def _step(self, step: Step, outcome: Outcome) -> Step:
         contracted = {(c.slot, c.dim): self._named(c.over) for c in outcome.contracted}
-        made = dict(step.__dict__, contracted=contracted, batched=self._named(outcome.batched))
-        return Step(**made)
+        return replace(
+            step,
+            contracted=contracted,
+            batched=self._named(outcome.batched),
+            mixed=self._named(outcome.mixed),
+        )
 
     def _named(self, parts: Composition) -> frozenset[str]:
         return frozenset(self.names[a] for a in layout.leaves(parts) if a in self.names)
@@ -569,7 +572,9 @@ def _holding(values: tuple[tuple[Layout, ...], ...]) -> dict[str, frozenset[int]
     return {axis: frozenset(numbers) for axis, numbers in found.items()}
 
 
-_RANK = {"carrier": 0, "producer": 1, "consumer": 2}
+def _is(role: str, found: set[str]) -> bool:
+    """Return whether a dim has a role; it carries an axis that it neither writes nor reads."""
+    return role in found or (role == "carrier" and not found & {"producer", "consumer"})
 
 
 def _role(step: Step, slot: int, dim: int, contracted: bool, batched: bool) -> str:

@@ -84,6 +84,14 @@ def _prelu(m: Any, s: Sizes) -> dict[str, Any]:
     return {"num_parameters": s("weight", 0)}
 
 
+def _layer_norm(m: Any, s: Sizes) -> dict[str, Any]:
+    """New units are the mean of the others, so the spread falls with the width, and eps with it."""
+    if len(m.normalized_shape) != 1 or "weight" not in s.tensors:
+        return {}
+    before, after = s.tensors["weight"][0].size(s.before), s("weight", 0)
+    return {"normalized_shape": (after,), "eps": m.eps * before / after}
+
+
 def _fixed(m: Any, s: Sizes) -> dict[str, Any]:
     return {}
 
@@ -97,7 +105,8 @@ _ROWS: tuple[tuple[type | tuple[type, ...], Callable[[Any, Sizes], dict[str, Any
     (nn.ChannelShuffle, _shuffle),
     (nn.Embedding, _embedding),
     (nn.PReLU, _prelu),
-    ((nn.LayerNorm, nn.RMSNorm, Rational), _fixed),
+    (nn.LayerNorm, _layer_norm),
+    ((nn.RMSNorm, Rational), _fixed),
 )
 
 

@@ -34,6 +34,7 @@ class Kind(Enum):
     SEPARATE = "computes each unit from the same unit"
     MOVE = "moves entries"
     NORM = "normalises each unit by its own statistics"
+    CENTER = "normalises units by the mean and spread of all"
     CONTRACT = "sums products over units"
     SUM = "sums over units"
     GATHER = "looks up rows"
@@ -79,7 +80,8 @@ class Outcome:
 
     `batched` is the layout that both factors keep; `bias` the slot of an added per-unit input;
     `border` is true where a constant unit adds something else than the sum of its weights: less
-    near zero padding, a multiple where the product is scaled.
+    near zero padding, a multiple where the product is scaled. `mixed` is the dim whose units a norm
+    compares with each other.
     """
 
     outs: Sequence[Dims]
@@ -87,6 +89,7 @@ class Outcome:
     batched: Composition = ONE
     bias: int | None = None
     border: bool = False
+    mixed: Composition = ONE
 
 
 @dataclass(frozen=True)
@@ -565,17 +568,19 @@ def _frozen(out: Tensor) -> Dims:
 
 
 def layer_norm(c: Call) -> Outcome:
-    """Normalise over the last dims together."""
+    """Normalise over the last dims together; a single dim with a weight may change its width."""
     x, count = c.args[0], len(c.args[1])
     dims = c.of(x)
+    single = count == 1 and isinstance(c.args[2], Tensor)
     for t in c.args[2:4]:
         if isinstance(t, Tensor):
             for d in range(count):
                 unify(c.of(t)[d], dims[x.dim() - count + d])
-    for parts in dims[x.dim() - count :]:
+    for parts in dims[x.dim() - count :] if not single else []:
         freeze(parts, "mixes its units")
     statistics = [*dims[: x.dim() - count], *[ONE] * count]
-    return Outcome([list(dims), *(list(statistics) for _ in c.outs[1:])])
+    outs = [list(dims), *(list(statistics) for _ in c.outs[1:])]
+    return Outcome(outs, mixed=dims[-1] if single else ONE)
 
 
 def group_norm(c: Call) -> Outcome:
@@ -827,7 +832,7 @@ ROWS: dict[Any, Row] = _table(
     (NORM, "native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training"),
     (NORM, "cudnn_batch_norm miopen_batch_norm _batch_norm_with_update batch_norm_with_update"),
     (NORM, "_batch_norm_no_update"),
-    (Row(layer_norm, Kind.SEPARATE), "native_layer_norm"),
+    (Row(layer_norm, Kind.CENTER), "native_layer_norm"),
     (Row(group_norm, Kind.SEPARATE), "native_group_norm"),
     # sums of products
     (Row(mm, Kind.CONTRACT), "mm bmm"),

@@ -21,14 +21,15 @@ from graphgrow.ir.analyse import ParameterDim, Slot, Source, Step
 from graphgrow.ir.rules import Kind, aten
 from graphgrow.passes.units import Resized
 
-CONSTANT = -1
+CONSTANT, MEAN = -1, -2
 
 
 @dataclass(frozen=True, eq=False)
 class Content:
     """What new units hold in one tensor: `scale` times unit `like`, or where that is −1 `scale`.
 
-    Units are positions in the wider axis. A unit that is like itself is arbitrary. `slope` says
+    Units are positions in the wider axis. A unit that is like itself is arbitrary, one that is like
+    −2 the mean of the old ones. `slope` says
     how a constant moves with the weights that write it, per unit of its pre-activation; zero means
     that those weights get no gradient. `units` are the new units themselves.
     """
@@ -41,6 +42,10 @@ class Content:
     def constant(self) -> np.ndarray:
         """Return which units hold a constant."""
         return self.like == CONSTANT
+
+    def mean(self) -> np.ndarray:
+        """Return which units hold the mean of the old ones."""
+        return self.like == MEAN
 
     def zero(self) -> np.ndarray:
         """Return which units are zero."""
@@ -82,9 +87,11 @@ class Follower:
         self.axis, self.new, self.old = resized.axis, resized.new, resized.old
         self.contents: dict[int, Content] = {}
         self.arrivals: list[Arrival] = []
-        self.blocked: list[str] = []
+        self.centred: list[Arrival] = []
         self._slices: dict[ParameterDim, Tensor] = {}
         self.held = resized.analysis.holding.get(resized.axis, frozenset())
+        # only norms over units ask whether some are the mean of the others
+        self.averages = any(resized.axis in step.mixed for step in resized.analysis.steps)
         self.needed = self._needed()
         self.guess = self._guess()
 
@@ -148,7 +155,7 @@ class Follower:
     # --- the walk
 
     def run(self) -> Follower:
-        """Follow all steps and return self, with `arrivals` and `blocked` filled."""
+        """Follow all steps and return self, with `arrivals` and `centred` filled."""
         for step in self.resized.analysis.steps:
             touched = [v for v in step.inputs + step.outputs if self._has(v)]
             if touched:
@@ -175,6 +182,8 @@ class Follower:
             return self._pointwise(step)
         if kind is Kind.NORM:
             return self._norm(step)
+        if self.axis in step.mixed:
+            return self._center(step)
         return self._kept(step)
 
     def content(self, number: int) -> Content:
@@ -209,12 +218,23 @@ class Follower:
             dtype=bool,
         )
         first = mine[:, 0].double().numpy() if mine.shape[1] else np.zeros(len(self.new))
+        mean = self._averaged(entries)
         return Content(
             self.new,
-            np.where(alike, like, np.where(uniform, CONSTANT, self.new)),
-            np.where(alike | ~uniform, 1.0, first),
+            np.where(mean, MEAN, np.where(alike, like, np.where(uniform, CONSTANT, self.new))),
+            np.where(mean | alike | ~uniform, 1.0, first),
             np.ones(len(self.new)),
         )
+
+    def _averaged(self, entries: Tensor) -> np.ndarray:
+        """Return for which new units the entries are the mean of the old units' ones."""
+        if not self.averages or not entries.is_floating_point():
+            return np.zeros(len(self.new), dtype=bool)
+        old, new = (entries[torch.from_numpy(units)] for units in (self.old, self.new))
+        size = max(float(old.abs().max()) if old.numel() else 0.0, 1e-300)
+        gap = (new - old.mean(0, keepdim=True)).abs()
+        eps = max(self._eps(), torch.finfo(torch.double).eps)
+        return (gap <= 8 * eps * size).reshape(len(new), -1).all(1).numpy()
 
     def _joined(self, contents: list[Content]) -> Content:
         """Return what holds in all of several tensors."""
@@ -246,13 +266,18 @@ class Follower:
         value = _fill_value(step)
         if step.row.kind is Kind.RANDOM:
             held = [self.content(step.inputs[s]) for s in carried]
-            zero = held[0].zero() if held and step.func.overloadpacket is aten.native_dropout else 0
+            dropout = step.func.overloadpacket is aten.native_dropout
+            if held and dropout and step.args[1] == 0:
+                return held[0]
+            zero = held[0].zero() if held and dropout else 0
             return self._masked(np.zeros(len(self.new), dtype=bool) | zero, 0.0)
         if value is None:
             return self.arbitrary()
         return self._masked(np.ones(len(self.new), dtype=bool), value, slope=0.0)
 
-    def _masked(self, constant: np.ndarray, value: float, slope: float = 1.0) -> Content:
+    def _masked(
+        self, constant: np.ndarray, value: float | np.ndarray, slope: float = 1.0
+    ) -> Content:
         count = len(self.new)
         return Content(
             self.new,
@@ -270,6 +295,8 @@ class Follower:
             return self.arbitrary()
         lost = joined.constant() & (joined.scale != 0) & (row.keeps != "any")
         lost |= joined.constant() & (row.keeps == "none")
+        if step.func.overloadpacket not in _AVERAGES and row.kind is not Kind.MOVE:
+            lost |= joined.mean()
         if not row.homogeneous:
             lost |= ~joined.constant() & (joined.scale != 1)
         lost |= ~joined.constant() & (joined.scale < 0) & (row.kind is not Kind.MOVE)
@@ -297,12 +324,40 @@ class Follower:
         if step.func.overloadpacket in _PRODUCTS:
             zero = np.any([c.zero() for c in contents.values()], axis=0)
             like, scale = np.where(zero, CONSTANT, like), np.where(zero, 0.0, scale)
+        mean = self._mean_kept(step, contents)
+        like, scale = np.where(mean, MEAN, like), np.where(mean, 1.0, scale)
         constant = np.all([c.constant() for c in contents.values()], axis=0)
         value, slope = self._evaluated(step, contents, constant)
         known = constant & ~np.isnan(value)
         return Content(
             self.new, np.where(known, CONSTANT, like), np.where(known, value, scale), slope
         )
+
+    def _mean_kept(self, step: Step, contents: Mapping[int, Content]) -> np.ndarray:
+        """Return which new units are still the mean: after sums, and products with one number."""
+        packet, none = step.func.overloadpacket, np.zeros(len(self.new), dtype=bool)
+        if not self.averages or packet not in _LINEAR | _PRODUCTS | _QUOTIENTS:
+            return none
+        if packet in _LINEAR:
+            return np.all([c.mean() for c in contents.values()], axis=0)
+        sources = {slot: self._source(step, slot) for slot in contents}
+        computed = [slot for slot, source in sources.items() if source is None]
+        if len(computed) != 1 or (packet in _QUOTIENTS and computed != [0]):
+            return none
+        if not all(_uniform(self._entries(s)) for s in sources.values() if s is not None):
+            return none
+        return contents[computed[0]].mean()
+
+    def _center(self, step: Step) -> Content:
+        """Return what a norm over the units leaves of new ones: its bias, if they are the mean."""
+        content = self.content(step.inputs[0])
+        bias = self._norm_part(step, 3)
+        self.centred.append(Arrival(step, content, None))
+        held = np.zeros(len(self.new))
+        if bias is not None:
+            held = _one_number(bias[torch.from_numpy(self.new)])
+        known = content.mean() & ~np.isnan(held)
+        return self._masked(known, held)
 
     def _agreed(self, step: Step, contents: Mapping[int, Content]) -> tuple[np.ndarray, np.ndarray]:
         """Return the unit that each new unit equals in every input, itself where there is none."""
@@ -315,7 +370,7 @@ class Follower:
             return like, scale
         for k, u in enumerate(self.new):
             i, s = computed[0].like[k], computed[0].scale[k]
-            if i in (u, CONSTANT):
+            if i in (u, CONSTANT, MEAN):
                 continue
             if any(c.like[k] != i or c.scale[k] != s for c in computed[1:]):
                 continue
@@ -394,7 +449,7 @@ class Follower:
         scale = np.full(len(self.new), np.nan)
         for k, (u, i) in enumerate(zip(self.new, content.like, strict=True)):
             alike = all(torch.equal(p[i], p[u]) for p in (mean, var) if p is not None)
-            if i != CONSTANT and content.scale[k] == 1 and alike:
+            if i >= 0 and content.scale[k] == 1 and alike:
                 scale[k] = self._factor(w[u], b[u], w[i], b[i])
         kept = ~np.isnan(scale)
         return Content(
@@ -506,7 +561,11 @@ class Follower:
         for k, u in enumerate(self.new):
             i = computed[0].like[k]
             equal = all(c.like[k] == i and c.scale[k] == 1 for c in computed)
-            if equal and i not in (u, CONSTANT) and all(torch.equal(e[u], e[i]) for e in carried):
+            if (
+                equal
+                and i not in (u, CONSTANT, MEAN)
+                and all(torch.equal(e[u], e[i]) for e in carried)
+            ):
                 like[k] = i
         return like, scale
 
@@ -537,10 +596,11 @@ class Follower:
             ],
             dtype=bool,
         )
+        mean = self._averaged(both)
         return Content(
             self.new,
-            np.where(zero, CONSTANT, np.where(fits, like, self.new)),
-            np.where(zero, value, np.where(fits, scale, 1.0)),
+            np.where(mean, MEAN, np.where(zero, CONSTANT, np.where(fits, like, self.new))),
+            np.where(mean, 1.0, np.where(zero, value, np.where(fits, scale, 1.0))),
             np.ones(len(self.new)),
         )
 
@@ -569,6 +629,8 @@ class Follower:
             u, i = self.new[k], content.like[k]
             if i == CONSTANT:
                 constant = constant + content.scale[k] * columns[u]
+            elif i == MEAN:
+                total[torch.from_numpy(self.old)] += total[u] / len(self.old)
             elif i != u:
                 total[i] = total[i] + content.scale[k] * total[u]
             else:
@@ -577,7 +639,15 @@ class Follower:
 
 
 _PRODUCTS = {aten.mul, aten.mul_}
+_QUOTIENTS = {aten.div, aten.div_}
 _LINEAR = {aten.neg, aten.add, aten.add_, aten.sub, aten.sub_}
+# sums over positions, of which the mean over units is the mean over units of the sums
+_AVERAGES = {aten.mean, aten.sum, aten._adaptive_avg_pool2d, aten.avg_pool2d}
+
+
+def _uniform(entries: Tensor) -> bool:
+    """Return whether all units have the same entries."""
+    return bool((entries == entries[:1]).all())
 
 
 def _scales(step: Step, carried: int, scale: float) -> bool:

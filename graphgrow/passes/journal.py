@@ -13,13 +13,13 @@ from graphgrow.passes.identity import Identity
 from graphgrow.passes.layers import Factor, Split
 from graphgrow.passes.remove import Absorb, Remove
 from graphgrow.passes.rewrite import Rewrite
-from graphgrow.passes.weights import Copy, Given, Pairs, ZeroIncoming, ZeroOutgoing
+from graphgrow.passes.weights import Copy, Given, MeanFill, Pairs, ZeroIncoming, ZeroOutgoing
 from graphgrow.passes.widen import Widen
 
 _KINDS: dict[str, Any] = {
     kind.__name__: kind
     for kind in (
-        *(Widen, ZeroOutgoing, ZeroIncoming, Pairs, Copy, Given, UnitLength),
+        *(Widen, ZeroOutgoing, ZeroIncoming, Pairs, Copy, Given, MeanFill, UnitLength),
         *(Deepen, Identity, Factor, Split),
         *(Remove, Absorb, Cap),
     )

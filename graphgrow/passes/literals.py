@@ -291,6 +291,19 @@ def _narrow(edits: _Edits, node: fx.Node) -> Call | None:
     return node.target, (x, dim, start, edits.stated(length, out[dim])), {}
 
 
+def _layer_norm(edits: _Edits, node: fx.Node) -> Call | None:
+    """State the new width, and eps as it falls with the spread."""
+    names = ("input", "normalized_shape", "weight", "bias", "eps")
+    named: dict[str, Any] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    before = edits.dims(node)
+    if before is None or not edits.moves(before[-1]):
+        return None
+    old, new = before[-1].size(edits.before), before[-1].size(edits.after)
+    x = named.pop("input")
+    changed = {"normalized_shape": (new,), "eps": named.get("eps", 1e-5) * old / new}
+    return node.target, (x,), {**named, **changed}
+
+
 def _grouped(position: int, name: str) -> Callable[[_Edits, fx.Node], Call | None]:
     """Return the rule of a call on channels that states a number of groups."""
 
@@ -320,6 +333,7 @@ _RULES: dict[str, Callable[[_Edits, fx.Node], Call | None]] = {
     **dict.fromkeys(("split", "split_with_sizes", "chunk", "tensor_split"), _split),
     **dict.fromkeys(("getitem", "__getitem__", "setitem", "__setitem__"), _indexed),
     "narrow": _narrow,
+    "layer_norm": _layer_norm,
     "group_norm": _grouped(1, "num_groups"),
     "channel_shuffle": _grouped(1, "groups"),
     **dict.fromkeys(("conv1d", "conv2d", "conv3d"), _grouped(6, "groups")),

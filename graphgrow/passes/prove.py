@@ -60,6 +60,12 @@ def judge(follower: Follower, narrow: Mapping[str, Tensor]) -> Verdict:
     alive = np.zeros(len(follower.new), dtype=bool)
     folds: dict[str, Tensor] = {}
     lines: dict[tuple[str, str], list[str]] = {}
+    for arrival in follower.centred:
+        reason = _uncentred(follower, arrival, narrow)
+        if reason is not None:
+            return Verdict(reason)
+        text = f"{len(follower.new)} new units are the mean of the others, eps and weight rescaled"
+        lines.setdefault((arrival.step.where, text), []).append(arrival.step.mode)
     for arrival in follower.arrivals:
         found = _judged(follower, arrival, narrow)
         if found.reason is not None:
@@ -84,6 +90,32 @@ def _disagreeing(step: Step, path: str) -> str:
         f"the constant that new units add at {step.where} is not the same in both modes and each "
         f"time '{path}' is used"
     )
+
+
+def _uncentred(follower: Follower, arrival: Arrival, narrow: Mapping[str, Tensor]) -> str | None:
+    """Return what speaks against a norm over units: they are not the mean, or not rescaled."""
+    step, wide = arrival.step, follower.resized
+    if not arrival.content.mean().all():
+        return (
+            f"{step.where} normalises over units, and new ones are not the mean of the others "
+            f"in {step.mode} mode"
+        )
+    ratio = (len(wide.old) / len(wide.units)) ** 0.5
+    for position, factor in ((2, ratio), (3, 1.0)):
+        slot = step.args[position]
+        source = wide.analysis.sources.get(step.inputs[slot.number]) if slot is not None else None
+        if slot is None:
+            continue
+        if source is None:
+            return f"{step.where} has a weight that is computed, so it cannot be rescaled"
+        at = ParameterDim(source.path, 0)
+        before = narrow_slices(wide, narrow[at.path], at).double() * factor
+        after = follower.slices(at)[torch.from_numpy(wide.old)].double()
+        if not torch.allclose(
+            after, before, rtol=8 * torch.finfo(narrow[at.path].dtype).eps, atol=0
+        ):
+            return f"the weight of {step.where} is not rescaled for {len(wide.units)} units"
+    return None
 
 
 def _unfolded(follower: Follower, folds: Mapping[str, Tensor]) -> str | None:
@@ -137,6 +169,8 @@ def _line(arrival: Arrival, reduction: Reduction) -> str:
     parts = []
     if copies:
         parts.append(f"{copies} multiples of other units, their columns of '{at}' add up")
+    if content.mean().any():
+        parts.append(f"{int(content.mean().sum())} means, whose columns of '{at}' are spread")
     if content.constant().any():
         parts.append(f"{int(content.constant().sum())} constant units")
     if len(reduction.own):

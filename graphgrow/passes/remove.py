@@ -21,6 +21,7 @@ from graphgrow.passes.prove import Proof, Verdict, judge, old_entries, per_outpu
 from graphgrow.passes.resize import resize
 from graphgrow.passes.rewrite import Edit
 from graphgrow.passes.units import Resized, gather
+from graphgrow.passes.weights import centred
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ def _removal(analysis: Analysis, axis: Axis, units: tuple[int, ...]) -> Resized:
 
 
 def _read_backwards(sentence: str) -> str:
-    return sentence.replace("new units", "removed units")
+    return sentence.replace("new units", "removed units").replace("new ones", "removed ones")
 
 
 class _Narrowed:
@@ -137,6 +138,7 @@ class _Narrowed:
         self.shifted: set[str] = set()
         self.rounded: set[str] = set()
         self.tensors = {p: gather(graph.state[p], self.kept.origin(p)) for p in change.paths()}
+        self._rescale()
         follower = Follower(change, graph.state).run()
         for arrival in follower.arrivals:
             if arrival.weight is not None:
@@ -149,6 +151,14 @@ class _Narrowed:
         self.lines = tuple(map(_read_backwards, verdict.lines))
         if verdict.reason is None:
             self._fold(verdict)
+
+    def _rescale(self) -> None:
+        """Take back what norms over the units were rescaled by for the wider axis."""
+        factor = (len(self.change.units) / len(self.change.old)) ** 0.5
+        for at, _ in centred(self.change):
+            weight = self.tensors[at.path]
+            self.tensors[at.path] = (weight.double() * factor).to(weight.dtype)
+            self.rounded.add(at.path)
 
     def _reduce(self, follower: Follower, arrival: Arrival) -> None:
         at = arrival.weight

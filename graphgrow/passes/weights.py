@@ -129,6 +129,29 @@ class Copy:
 
 
 @dataclass(frozen=True)
+class MeanFill:
+    """New units are the mean of the old ones, as norms over units ask for (R:D6).
+
+    All that writes them gets the mean over the old units, biases, embeddings and position tables
+    too; outgoing weights are drawn. A norm's weight is rescaled with the spread, which falls as the
+    width grows, and its bias is zero for new units. Copies of one mean learn differently, because
+    what reads them differs.
+
+    Source: Wang, Su, Fan et al. (2023), LEMON, "average" expansion; eps rescaled too.
+    """
+
+    seed: int = 0
+
+    def fill(self, resized: Resized, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the changed tensors, incoming weights the mean."""
+        fill = _Fill(resized, state, self.seed)
+        fill.consumers()
+        fill.means()
+        fill.norms()
+        return fill.tensors
+
+
+@dataclass(frozen=True)
 class Given:
     """Weights that a score found: entries of new units by parameter path, as nested tuples.
 
@@ -249,6 +272,26 @@ class _Fill:
                 values = values + old.double().std(0, keepdim=True) * self._drawn(at, new)
             self._write(at, self.resized.new, values)
 
+    def means(self) -> None:
+        """Make all that writes or carries new units the mean over the old ones."""
+        for at in self.axis.producers + self.axis.carriers:
+            old, new = self._read(at, self.resized.old), self._read(at, self.resized.new)
+            if old.is_floating_point():
+                mean = old.double().mean(0, keepdim=True)
+                same = (old == old[:1]).all(0, keepdim=True)  # the mean of equals, unrounded
+                values = torch.where(same, old[:1].double(), mean)
+                self._write(at, self.resized.new, values.expand_as(new))
+
+    def norms(self) -> None:
+        """Rescale the weights of norms over the units, and let new units leave them as zero."""
+        factor = (len(self.resized.old) / len(self.resized.units)) ** 0.5
+        for weight, bias in centred(self.resized):
+            whole = self._read(weight, np.arange(len(self.resized.units)))
+            self._write(weight, np.arange(len(self.resized.units)), whole.double() * factor)
+            if bias is not None:
+                new = self._read(bias, self.resized.new)
+                self._write(bias, self.resized.new, torch.zeros_like(new))
+
     def twins(self, first: np.ndarray, second: np.ndarray) -> None:
         """Make the second units equal to the first, their outgoing weights the negatives."""
         for at in self.axis.producers + self.axis.carriers:
@@ -342,6 +385,23 @@ class _Fill:
                 entries = self._read(mean, self.resized.new)
                 centre = torch.from_numpy(held)[:, None].expand_as(entries)
                 self._write(mean, self.resized.new, centre)
+
+
+def centred(resized: Resized) -> list[tuple[ParameterDim, ParameterDim | None]]:
+    """Return weight and bias of each norm over the units of the axis, each norm once."""
+    found: dict[str, tuple[ParameterDim, ParameterDim | None]] = {}
+    for step in resized.analysis.steps:
+        if resized.axis not in step.mixed:
+            continue
+        slots = [a if isinstance(a, Slot) else None for a in step.args[2:4]]
+        sources = [
+            resized.analysis.sources.get(step.inputs[s.number]) if s is not None else None
+            for s in slots
+        ]
+        weight, bias = (ParameterDim(s.path, 0) if s is not None else None for s in sources)
+        if weight is not None:
+            found[weight.path] = (weight, bias)
+    return list(found.values())
 
 
 def _bias_position(step: Any) -> int | None:

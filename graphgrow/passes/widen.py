@@ -16,7 +16,7 @@ from graphgrow.passes.prove import Proof, Verdict, judge, rounding
 from graphgrow.passes.resize import resize
 from graphgrow.passes.rewrite import Edit, TensorOrigin
 from graphgrow.passes.units import Resized, gather, inserted, is_new
-from graphgrow.passes.weights import Copy, Pairs, Scheme, ZeroIncoming, ZeroOutgoing
+from graphgrow.passes.weights import Copy, MeanFill, Pairs, Scheme, ZeroIncoming, ZeroOutgoing
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Widen:
     `axis` is the axis' name, or the path of any module that produces it. `weights` says how the new
     entries are filled; left out, the first scheme is taken that is exact on this axis and leaves
     units that can learn: zero outgoing, zero incoming (of all layers that write it, or of one
-    factor of a product), pairs, copies.
+    factor of a product), pairs, copies; mean fill where a norm goes over the units.
     """
 
     axis: str
@@ -52,7 +52,8 @@ class Widen:
         axis = self._checked(graph)
         change = Resized(graph.analysis, axis.name, inserted(axis.width, self.units, self.at))
         refusals: list[str] = []
-        for scheme in self._schemes(axis):
+        mixes = any(axis.name in step.mixed for step in graph.analysis.steps)
+        for scheme in self._schemes(axis, mixes):
             try:
                 tensors, verdict = _filled(scheme, change, graph.state)
                 if verdict.reason is None and not verdict.dead:
@@ -63,9 +64,11 @@ class Widen:
             refusals.append(_refusal(axis, self.units, verdict, scheme))
         raise NotApplicable(refusals[0])
 
-    def _schemes(self, axis: Axis) -> tuple[Scheme, ...]:
+    def _schemes(self, axis: Axis, mixes: bool) -> tuple[Scheme, ...]:
         if self.weights is not None:
             return (self.weights,)
+        if mixes:
+            return (MeanFill(),)
         even = (Pairs(),) if self.units % 2 == 0 else ()
         alone = (ZeroIncoming(paths=(at.path,)) for at in axis.producers[1:] + axis.producers[:1])
         factors = tuple(alone) if len(axis.producers) > 1 else ()
@@ -101,7 +104,9 @@ class Widen:
         }
         chosen = replace(self, axis=change.axis, weights=scheme)
         grown = resize(graph, change, {**tensors, **folded}, chosen)
-        lost = rounding(verdict.folds, graph.state)
+        changed = [path for path, found in origin.items() if found.scale is not None]
+        inexact = changed if isinstance(scheme, MeanFill) else []
+        lost = rounding([*verdict.folds, *inexact], graph.state)
         proof = Proof(str(chosen), lines=verdict.lines, rounding=lost)
         return Edit(grown, proof, origin)
 
