@@ -62,16 +62,16 @@ def is_activation(module: nn.Module) -> bool:
 
 @dataclass(frozen=True)
 class Identity:
-    """A layer of ones and zeros after an idempotent activation, then that activation (R:B1, B6).
+    """A layer of ones and zeros after an idempotent activation, then that activation.
 
     Behind ReLU, ReLU6, Hardtanh, abs or clamp, or where only reshapes and poolings stand between;
     the activation may be a module or a function. At a layer, the new one reads what that layer
     read: a linear layer, or a convolution of an odd `kernel` size, stride 1, in `groups`. After an
     activation, it is of the kind that the values have the shape for.
 
-    With `norm`, a batch norm stands before the activation, its weight and bias those that undo it
-    (R:B4): exact in eval mode. In train mode it uses each batch's own statistics; it starts from
-    those of the example inputs, the one batch for which nothing changes.
+    With `norm`, a batch norm stands before the activation, its weight and bias those that undo it:
+    exact in eval mode. In train mode it uses each batch's own statistics; it starts from those of
+    the example inputs, the one batch for which nothing changes.
     """
 
     kernel: int = 3

@@ -24,7 +24,7 @@ Rows = tuple[tuple[float, ...], ...]
 
 @dataclass(frozen=True)
 class Factor:
-    """The layer W becomes (W Q⁻¹) ∘ id ∘ Q, `id` a learned activation that starts there (R:B2, B7).
+    """The layer W becomes (W Q⁻¹) ∘ id ∘ Q, `id` a learned activation that starts there.
 
     `matrix` holds the rows of Q, `(units, in)`: square and invertible, or with more rows, of full
     rank; in a grouped convolution it is that of each group. Left out, Q is a random orthogonal
@@ -72,7 +72,7 @@ _ODD: dict[str, tuple[Callable[[], nn.Module], float]] = {
 
 @dataclass(frozen=True)
 class Split:
-    """The layer W becomes [W Q⁻¹, −W Q⁻¹]/c ∘ s ∘ [Q; −Q], an ordinary activation s between (R:B3).
+    """The layer W becomes [W Q⁻¹, −W Q⁻¹]/c ∘ s ∘ [Q; −Q], an ordinary activation s between.
 
     For these activations s(z) − s(−z) = c z with c = 1, for LeakyReLU of slope a with c = 1 + a.
     The new layer has two units for each row of Q; `matrix`, `bias` and `seed` are as in `Factor`.

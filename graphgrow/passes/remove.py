@@ -29,7 +29,7 @@ class Absorb:
     """Coefficients by which kept units stand in for removed ones, by the weight that reads them.
 
     For each consuming parameter one row a removed unit: a number for every kept unit and a
-    constant. Source: least squares as in optimal brain surgery (Hassibi & Stork 1993), R:E4.
+    constant. Source: least squares as in optimal brain surgery (Hassibi & Stork 1993).
     """
 
     coefficients: tuple[tuple[str, tuple[tuple[float, ...], ...]], ...]

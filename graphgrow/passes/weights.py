@@ -32,11 +32,13 @@ class Scheme(Protocol):
 
 @dataclass(frozen=True)
 class ZeroOutgoing:
-    """New units are like typical old ones and nothing reads them yet (R:A1).
+    """New units are like typical old ones and nothing reads them yet.
 
     Incoming weights are drawn from N(0, s²), s the root mean square of the layer's own weights,
     and negated where their sum is negative, so that a ReLU behind them is seldom off for good;
     biases and norms get the mean over the old units. Any activation, both modes.
+
+    Source: Gesmundo & Maile (2023), Composable function-preserving expansions.
     """
 
     seed: int = 0
@@ -52,12 +54,14 @@ class ZeroOutgoing:
 
 @dataclass(frozen=True)
 class ZeroIncoming:
-    """New units hold a constant until their incoming weights move (R:A2, A2b).
+    """New units hold a constant until their incoming weights move.
 
     Incoming weights are zero, outgoing ones drawn. The constant is 0 where the activations are
     alive there and map it to zero; else `constant`, folded out of the readers' biases. Where units
     are products of what several layers write (queries and keys, gates), `paths` names the weights
-    that are zero, and the others are drawn: with all of them zero no unit could ever learn (R:D2).
+    that are zero, and the others are drawn: with all of them zero no unit could ever learn.
+
+    Source: Evci et al. (2022), GradMax; the constant, which keeps torch's ReLU alive, is ours.
     """
 
     constant: float | None = None
@@ -77,7 +81,10 @@ class ZeroIncoming:
 
 @dataclass(frozen=True)
 class Pairs:
-    """New units come in equal pairs whose outgoing weights cancel (R:A3). An even number."""
+    """New units come in equal pairs whose outgoing weights cancel. An even number.
+
+    Source: Yuan, Savarese & Maire (2023), Accelerated training via incrementally growing networks.
+    """
 
     seed: int = 0
 
@@ -99,11 +106,14 @@ class Pairs:
 
 @dataclass(frozen=True)
 class Copy:
-    """New units copy old ones, whose outgoing weights are split entry by entry (R:A4).
+    """New units copy old ones, whose outgoing weights are split entry by entry.
 
     `sources` are the old units to copy, in turn; left out, they are drawn without repetition as
     far as there are enough. Each split leaves between 5 and 50 percent of a weight to the copy, so
     that the two parts add up to the old weight bit for bit.
+
+    Source: Chen, Goodfellow & Shlens (2016), Net2Net. The split by entry, where the paper halves,
+    is ours: equal shares would learn the same for ever.
     """
 
     sources: tuple[int, ...] | None = None
@@ -130,7 +140,7 @@ class Copy:
 
 @dataclass(frozen=True)
 class MeanFill:
-    """New units are the mean of the old ones, as norms over units ask for (R:D6).
+    """New units are the mean of the old ones, as norms over units ask for.
 
     All that writes them gets the mean over the old units, biases, embeddings and position tables
     too; outgoing weights are drawn. A norm's weight is rescaled with the spread, which falls as the
