@@ -80,7 +80,10 @@ def convex_sets(draws, count, stop, fewest):
 def is_convex(image):
     """Return whether no black pixel of an image lies between white ones on any line."""
     white = np.argwhere(image.reshape(SIDE, SIDE))
-    corners = hull(white)
+    first = np.unique(white[:, 0], return_index=True)[1]
+    last = np.append(first[1:], len(white)) - 1
+    ends = np.unique(np.stack([first, last], 1))  # all that a hull can have for corners
+    corners = hull(white[ends])
     along = np.roll(corners, -1, axis=0) - corners
     black = np.argwhere(~image.reshape(SIDE, SIDE))
     towards = black[:, None] - corners

@@ -78,16 +78,18 @@ class Fans:
 
 def dots(first: Tensor, second: Tensor, dim: int) -> Tensor:
     """Return the dot products of the slices of two tensors along a dim, `(size of dim,)`."""
-    if first.dim() == 1:
-        return first * second
-    x, y = first.movedim(dim, 0).flatten(1), second.movedim(dim, 0).flatten(1)
-    return torch.linalg.vecdot(x, y)
+    return torch.linalg.vecdot(_slices(first, dim), _slices(second, dim))
 
 
 def squares(tensor: Tensor, dim: int) -> Tensor:
     """Return the squared lengths of the slices of a tensor along a dim, `(size of dim,)`."""
-    slices = tensor[:, None] if tensor.dim() == 1 else tensor.movedim(dim, 0).flatten(1)
-    return torch.linalg.vector_norm(slices, dim=1).square()
+    return torch.linalg.vector_norm(_slices(tensor, dim), dim=1).square()
+
+
+def _slices(tensor: Tensor, dim: int) -> Tensor:
+    if dim == 0 and tensor.dim() == 2:
+        return tensor
+    return tensor[:, None] if tensor.dim() == 1 else tensor.movedim(dim, 0).flatten(1)
 
 
 def fan_ins(graph: Graph) -> Fans:
