@@ -307,7 +307,7 @@ def test_a_tied_weight_gets_no_proposal(score: Any) -> None:
     assert score.proposals(graph, {found.axis: found}) == []
 
 
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(st.data())
 def test_what_is_proposed_for_random_networks_is_exact(drawn: Any) -> None:
     network = drawn.draw(networks())
