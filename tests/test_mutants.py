@@ -191,7 +191,19 @@ def forget_attributes(patch: Patch) -> None:
 
 
 WIDER = gg.Widen("blocks.0", 2, at=1, weights=gg.ZeroOutgoing())
-CONSTANT = gg.Widen("blocks.0", 2, weights=gg.ZeroIncoming(1.0))
+CONSTANT = gg.Widen(
+    "blocks.0",
+    2,
+    weights=gg.Given.of(
+        incoming={
+            "blocks.0.weight": torch.zeros(2, 18),
+            "blocks.0.bias": torch.zeros(2, 1),
+            "blocks.1.running_mean": torch.zeros(2, 1),
+            "blocks.1.bias": torch.ones(2, 1),
+        },
+        outgoing={"blocks.3.weight": torch.randn(2, 3, generator=torch.Generator().manual_seed(0))},
+    ),
+)
 BRANCH = gg.Widen("blocks.0.branches.0", 2, weights=gg.ZeroOutgoing())
 
 

@@ -56,12 +56,15 @@ class ZeroOutgoing:
 class ZeroIncoming:
     """New units hold a constant until their incoming weights move.
 
-    Incoming weights are zero, outgoing ones drawn. The constant is 0 where the activations are
-    alive there and map it to zero; else `constant`, folded out of the readers' biases. Where units
-    are products of what several layers write (queries and keys, gates), `paths` names the weights
-    that are zero, and the others are drawn: with all of them zero no unit could ever learn.
+    Incoming weights are zero, outgoing ones drawn. Where activations keep zero and are alive there,
+    the constant is zero. Else it is what comes of biases at `constant`, and the outgoing weights of
+    each two units cancel, so that no bias has to change and zero padding does no harm; an odd unit
+    has outgoing weights of zero, which its constant moves. Where units are products of what several
+    layers write (queries and keys, gates), `paths` names the weights that are zero, and the others
+    are drawn: with all of them zero no unit could ever learn.
 
-    Source: Evci et al. (2022), GradMax; the constant, which keeps torch's ReLU alive, is ours.
+    Source: Evci et al. (2022), GradMax, section 3; the constants, which keep torch's ReLU alive,
+    are ours. `Given` may hold any others: what they add is folded out of the readers' biases.
     """
 
     constant: float | None = None
@@ -73,6 +76,8 @@ class ZeroIncoming:
         fill = _Fill(resized, state, self.seed)
         fill.carriers()
         fill.consumers()
+        if self.constant is not None:
+            fill.cancel()
         fill.producers()
         fill.producers_zero(self.paths)
         fill.constants(self.constant or 0.0, self.paths)
@@ -248,6 +253,14 @@ class _Fill:
         """Draw outgoing weights of the size of the old ones."""
         for at in self.axis.consumers:
             self._draw(at)
+
+    def cancel(self) -> None:
+        """Make the outgoing weights of every second new unit the negatives of the one before."""
+        new = self.resized.new
+        first, second, odd = new[: len(new) // 2 * 2 : 2], new[1::2], new[len(new) // 2 * 2 :]
+        for at in self.axis.consumers:
+            self._write(at, second, -self._read(at, first))
+            self._write(at, odd, torch.zeros_like(self._read(at, odd)))
 
     def producers_zero(self, paths: tuple[str, ...] | None) -> None:
         """Make incoming weights zero: those named, or all."""

@@ -116,16 +116,19 @@ def _filled(
 ) -> tuple[dict[str, Tensor], Verdict]:
     """Return the tensors that a scheme fills and what following them shows.
 
-    `ZeroIncoming` without a constant of its own is tried with none and, if its units could not
-    learn, or their constant is not kept, with one.
+    `ZeroIncoming` without a constant of its own is tried with zero, then, if its units could not
+    learn or would hold something else, with pairs that cancel at biases of zero and of one.
     """
     tensors = scheme.fill(change, state)
     verdict = judge(Follower(change, {**state, **tensors}).run(), state)
-    unfit = verdict.reason is not None or verdict.dead
-    if not unfit or not isinstance(scheme, ZeroIncoming):
+    if not isinstance(scheme, ZeroIncoming) or scheme.paths is not None:
         return tensors, verdict
-    if scheme.constant is None and scheme.paths is None:
-        return _filled(replace(scheme, constant=1.0), change, state)
+    folds = any(bool((constant != 0).any()) for constant in verdict.folds.values())
+    if verdict.reason is None and not verdict.dead and not folds:
+        return tensors, verdict
+    following = {None: 0.0, 0.0: 1.0}
+    if scheme.constant in following:
+        return _filled(replace(scheme, constant=following[scheme.constant]), change, state)
     return tensors, verdict
 
 
