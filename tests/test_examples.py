@@ -30,6 +30,13 @@ def test_every_script_is_an_example_or_a_part_of_one() -> None:
     }
 
 
+def test_the_example_of_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (EXAMPLES.parent / "README.md").read_text()
+    with torch.random.fork_rng():
+        exec(text.split("```python\n")[1].split("```")[0], {})
+    assert "exact in train and eval" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_an_example_runs_to_its_assertion(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
