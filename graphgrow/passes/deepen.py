@@ -17,7 +17,7 @@ from graphgrow.passes.identity import Identity, is_activation
 from graphgrow.passes.layers import Factor
 from graphgrow.passes.place import Insertion, Layer, Part, Place, first_input, input_dim, is_layer
 from graphgrow.passes.prove import Proof
-from graphgrow.passes.rewrite import Edit, TensorOrigin
+from graphgrow.passes.rewrite import Edit, TensorOrigin, refusal
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,7 @@ class Deepen:
 
     def obstacle(self, graph: Graph) -> str | None:
         """Return the sentence that says why no layer can be inserted so, None where it can."""
-        try:
-            self.edit(graph)
-        except NotApplicable as error:
-            return str(error)
-        return None
+        return refusal(self, graph)
 
     def edit(self, graph: Graph) -> Edit:
         """Return the edit of `graph`. Raises NotApplicable with the obstacle's sentence."""

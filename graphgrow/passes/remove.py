@@ -19,7 +19,7 @@ from graphgrow.ir.layout import Layout
 from graphgrow.passes.follow import Arrival, Follower, Reduction
 from graphgrow.passes.prove import Proof, Verdict, judge, old_entries, per_output, rounding
 from graphgrow.passes.resize import resize
-from graphgrow.passes.rewrite import Edit
+from graphgrow.passes.rewrite import Edit, refusal
 from graphgrow.passes.units import Resized, gather
 from graphgrow.passes.weights import centred
 
@@ -69,11 +69,7 @@ class Remove:
 
     def obstacle(self, graph: Graph) -> str | None:
         """Return the sentence that says why the units cannot be removed, None where they can."""
-        try:
-            self.edit(graph)
-        except NotApplicable as error:
-            return str(error)
-        return None
+        return refusal(self, graph)
 
     def edit(self, graph: Graph) -> Edit:
         """Return the edit of `graph`. Raises NotApplicable with the obstacle's sentence."""

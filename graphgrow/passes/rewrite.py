@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from graphgrow.errors import NotApplicable
 from graphgrow.ir.graph import Graph
 
 
@@ -51,6 +52,15 @@ class Rewrite(Protocol):
     def edit(self, graph: Graph) -> Edit:
         """Return the edit of `graph`. Raises NotApplicable with the obstacle's sentence."""
         ...
+
+
+def refusal(rewrite: Rewrite, graph: Graph) -> str | None:
+    """Return the sentence with which a rewrite refuses a graph, None where it takes it."""
+    try:
+        rewrite.edit(graph)
+    except NotApplicable as error:
+        return str(error)
+    return None
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,7 +14,7 @@ from graphgrow.ir.graph import Graph
 from graphgrow.passes.follow import Follower
 from graphgrow.passes.prove import Proof, Verdict, judge, rounding
 from graphgrow.passes.resize import resize
-from graphgrow.passes.rewrite import Edit, TensorOrigin
+from graphgrow.passes.rewrite import Edit, TensorOrigin, refusal
 from graphgrow.passes.units import Resized, gather, inserted, is_new
 from graphgrow.passes.weights import Copy, MeanFill, Pairs, Scheme, ZeroIncoming, ZeroOutgoing
 
@@ -41,11 +41,7 @@ class Widen:
 
     def obstacle(self, graph: Graph) -> str | None:
         """Return the sentence that says why the axis cannot be widened so, None where it can."""
-        try:
-            self.edit(graph)
-        except NotApplicable as error:
-            return str(error)
-        return None
+        return refusal(self, graph)
 
     def edit(self, graph: Graph) -> Edit:
         """Return the edit of `graph`. Raises NotApplicable with the obstacle's sentence."""
