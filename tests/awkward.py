@@ -514,7 +514,7 @@ class LayernormStream(nn.Module):
         return self.o(self.f(x))
 
 
-@case((2, 6), "", fixed={"e": "mixes its units"})
+@case((2, 6), "e(4)")
 class L2norm(nn.Module):
     def __init__(self):
         super().__init__()
@@ -525,7 +525,7 @@ class L2norm(nn.Module):
         return self.o(F.normalize(self.e(x), dim=-1))
 
 
-@case((2, 6), "", fixed={"a": "mixes its units"})
+@case((2, 6), "", fixed={"a": "sums over its units with no weight that could be zero"})
 class Cosine(nn.Module):
     def __init__(self):
         super().__init__()

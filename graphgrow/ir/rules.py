@@ -493,10 +493,11 @@ def reduce(c: Call) -> Outcome:
 
 
 def norm(c: Call) -> Outcome:
-    """Reduce to a norm; the number of entries that are not zero is none."""
-    if c.arg(1, "ord", c.arg(1, "p", 2)) == 0:
+    """Reduce to a norm, to which a unit that is zero adds nothing if its power is positive."""
+    power = c.arg(1, "ord", c.arg(1, "p", 2))
+    if power == 0:
         raise Misaligned("it counts the entries that are not zero")
-    return reduce(c)
+    return sum_(c) if power is None or power > 0 else reduce(c)
 
 
 def sum_(c: Call) -> Outcome:
@@ -821,7 +822,7 @@ ROWS: dict[Any, Row] = _table(
     (Row(sampled, Kind.SEPARATE, "zero", True), "grid_sampler_2d grid_sampler_3d"),
     (REDUCE, "mean amax amin max min"),
     (Row(reduce, Kind.SEPARATE, "zero", True), "std"),
-    (Row(norm, Kind.SEPARATE, "zero", True), "linalg_vector_norm norm"),
+    (Row(norm, Kind.SUM, "zero", True), "linalg_vector_norm norm"),
     (Row(reduce, Kind.SEPARATE, "zero"), "var prod"),
     (Row(reduce, Kind.SEPARATE), "any all argmax argmin logsumexp var_mean std_mean median"),
     (Row(sum_, Kind.SUM, "zero", True), "sum"),

@@ -324,6 +324,9 @@ class Follower:
         if step.func.overloadpacket in _PRODUCTS:
             zero = np.any([c.zero() for c in contents.values()], axis=0)
             like, scale = np.where(zero, CONSTANT, like), np.where(zero, 0.0, scale)
+        if step.func.overloadpacket in _QUOTIENTS and 0 in contents:
+            zero = contents[0].zero() & ~np.any([contents[k].zero() for k in slots if k], axis=0)
+            like, scale = np.where(zero, CONSTANT, like), np.where(zero, 0.0, scale)
         mean = self._mean_kept(step, contents)
         like, scale = np.where(mean, MEAN, like), np.where(mean, 1.0, scale)
         constant = np.all([c.constant() for c in contents.values()], axis=0)

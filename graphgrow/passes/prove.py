@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from graphgrow.ir.analyse import ParameterDim, Step
+from graphgrow.ir.rules import aten
 from graphgrow.passes.follow import Arrival, Follower, Reduction
 from graphgrow.passes.units import Resized
 
@@ -249,6 +250,8 @@ def _alive(follower: Follower, arrival: Arrival) -> np.ndarray:
     content, other = arrival.content, arrival.other
     if arrival.weight is None:
         moves = content.slope != 0
+        if other is None and arrival.step.func.overloadpacket is not aten.sum:
+            return np.zeros(len(moves), dtype=bool)  # a norm is flat where a unit is zero
         if other is None:
             return ~content.zero() | moves
         # a product of two: the one that is zero moves if the other is not
