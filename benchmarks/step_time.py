@@ -14,12 +14,18 @@ from __future__ import annotations
 
 import copy
 import statistics
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+import vision
 
 from graphgrow.ir.lower import lower
 from graphgrow.ir.trace import trace
@@ -29,21 +35,15 @@ SECONDS = 20  # of stepping, for each model
 
 def models() -> dict[str, tuple[nn.Module, Tensor]]:
     """Return the models with one batch for each."""
-    # torchvision's own operators are missing beside a CPU build of torch; its models need none.
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    for name in ("nms", "qnms"):
-        if not hasattr(torch.ops.torchvision, name):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    from torchvision.models import VisionTransformer, resnet18
-
-    vit = VisionTransformer(32, 8, 4, 4, hidden_dim=128, mlp_dim=256, num_classes=10)
+    zoo = vision.torchvision().models
+    vit = zoo.VisionTransformer(32, 8, 4, 4, hidden_dim=128, mlp_dim=256, num_classes=10)
     nn.init.normal_(vit.heads[0].weight)  # torchvision's zero head would make zero gradients
     images = torch.randn(32, 3, 32, 32)
     layers = [nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10)]
     return {
         "mlp": (nn.Sequential(*layers), torch.randn(32, 64)),
         "vit": (vit, images),
-        "resnet18": (resnet18(num_classes=10), images),
+        "resnet18": (zoo.resnet18(num_classes=10), images),
     }
 
 

@@ -75,15 +75,11 @@ def torchvision() -> ModuleType:
     try:
         import torchvision
     except RuntimeError:  # the build for another kind of torch: no compiled operators
-        library = torch.library.Library("torchvision", "FRAGMENT")
         for operator in ("nms", "qnms"):
-            library.define(f"{operator}(Tensor dets, Tensor scores, float threshold) -> Tensor")
-        _LIBRARIES.append(library)
+            arguments = "(Tensor dets, Tensor scores, float threshold) -> Tensor"
+            torch.library.define(f"torchvision::{operator}", arguments)
         import torchvision
     return torchvision
-
-
-_LIBRARIES: list[torch.library.Library] = []  # a library lives as long as its object
 
 
 def silenced() -> warnings.catch_warnings:

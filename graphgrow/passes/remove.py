@@ -19,7 +19,7 @@ from graphgrow.ir.layout import Layout
 from graphgrow.passes.follow import Arrival, Follower, Reduction
 from graphgrow.passes.prove import Proof, Verdict, judge, old_entries, per_output, rounding
 from graphgrow.passes.resize import resize
-from graphgrow.passes.rewrite import Edit, refusal
+from graphgrow.passes.rewrite import Edit, free_axes, refusal
 from graphgrow.passes.units import Resized, gather
 from graphgrow.passes.weights import centred
 
@@ -65,7 +65,7 @@ class Remove:
     @staticmethod
     def places(graph: Graph) -> list[str]:
         """Return the axes that have no obstacle of their own."""
-        return [axis.name for axis in graph.axes.values() if axis.obstacle is None]
+        return free_axes(graph)
 
     def obstacle(self, graph: Graph) -> str | None:
         """Return the sentence that says why the units cannot be removed, None where they can."""

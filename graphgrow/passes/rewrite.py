@@ -54,6 +54,11 @@ class Rewrite(Protocol):
         ...
 
 
+def free_axes(graph: Graph) -> list[str]:
+    """Return the axes that have no obstacle of their own."""
+    return [axis.name for axis in graph.axes.values() if axis.obstacle is None]
+
+
 def refusal(rewrite: Rewrite, graph: Graph) -> str | None:
     """Return the sentence with which a rewrite refuses a graph, None where it takes it."""
     try:

@@ -14,7 +14,7 @@ from graphgrow.ir.graph import Graph
 from graphgrow.passes.follow import Follower
 from graphgrow.passes.prove import Proof, Verdict, judge, rounding
 from graphgrow.passes.resize import resize
-from graphgrow.passes.rewrite import Edit, TensorOrigin, refusal
+from graphgrow.passes.rewrite import Edit, TensorOrigin, free_axes, refusal
 from graphgrow.passes.units import Resized, gather, inserted, is_new
 from graphgrow.passes.weights import Copy, MeanFill, Pairs, Scheme, ZeroIncoming, ZeroOutgoing
 
@@ -37,7 +37,7 @@ class Widen:
     @staticmethod
     def places(graph: Graph) -> list[str]:
         """Return the axes that have no obstacle of their own."""
-        return [axis.name for axis in graph.axes.values() if axis.obstacle is None]
+        return free_axes(graph)
 
     def obstacle(self, graph: Graph) -> str | None:
         """Return the sentence that says why the axis cannot be widened so, None where it can."""
