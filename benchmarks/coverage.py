@@ -43,10 +43,21 @@ def main() -> None:
     print("in train and eval mode; *seconds*: of CPU, to trace and analyse.\n")
     print("| model | axes | widened | difference | seconds | the other axes |")
     print("|---|---|---|---|---|---|")
+    rows: list[str] = []
     for name, build, size in vision.zoo():
         if not options.names or name in options.names:
             with vision.silenced():
-                print(line(name, build().double(), size, options.widen), flush=True)
+                rows.append(line(name, build().double(), size, options.widen))
+            print(rows[-1], flush=True)
+    print(total(rows))
+
+
+def total(rows: list[str]) -> str:
+    """Return the row of sums, with the largest difference."""
+    axes, widened, differences, seconds = zip(*(row.split("|")[2:6] for row in rows), strict=True)
+    counts = f"{sum(map(int, axes))} | {sum(map(int, widened))}"
+    worst, time_taken = max(map(float, differences)), sum(map(float, seconds))
+    return f"| all {len(rows)} | {counts} | {worst:.0e} | {time_taken:.1f} | |"
 
 
 def line(name: str, model: nn.Module, size: int, widen: str) -> str:

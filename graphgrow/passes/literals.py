@@ -331,7 +331,7 @@ _RULES: dict[str, Callable[[_Edits, fx.Node], Call | None]] = {
     **dict.fromkeys(("zeros", "ones", "empty", "full", "rand", "randn"), _sizes(0)),
     "unflatten": _unflatten,
     **dict.fromkeys(("split", "split_with_sizes", "chunk", "tensor_split"), _split),
-    **dict.fromkeys(("getitem", "__getitem__", "setitem", "__setitem__"), _indexed),
+    **dict.fromkeys(("getitem", "__getitem__", "__setitem__"), _indexed),
     "narrow": _narrow,
     "layer_norm": _layer_norm,
     "group_norm": _grouped(1, "num_groups"),
