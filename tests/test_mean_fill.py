@@ -62,7 +62,8 @@ def test_the_residual_width_of_a_transformer_grows(at: int | None, units: int) -
     wider = gg.lower(grown.graph)
     norm = wider.get_submodule("blocks.1.norm2")
     assert norm.normalized_shape == (6 + units,) and norm.eps == pytest.approx(6e-3 / (6 + units))
-    assert "are the mean of the others, eps and weight rescaled" in str(grown.proof)
+    assert "new units are the mean of the others" in str(grown.proof)
+    assert "'blocks.1.norm2.weight' is multiplied by" in str(grown.proof)
     first = 6 if at is None else at
     back = gg.apply(grown.graph, gg.Remove("patches", tuple(range(first, first + units)))).graph
     assert gg.compare(model, back, images(5)).relative <= 1e-12
@@ -92,7 +93,7 @@ def test_new_units_of_the_stream_learn_each_its_own_way() -> None:
 def test_dropout_in_the_stream_is_refused() -> None:
     graph = gg.trace(Transformer(dropout=0.1).double(), images())
     said = gg.Widen("patches", 3).obstacle(graph)
-    assert said is not None and "new ones are not the mean of the others" in said
+    assert said is not None and "new ones are neither the mean of the others nor copies" in said
     assert "LayerNorm 'blocks.0.norm2'" in said and "train mode" in said
 
 
@@ -111,11 +112,25 @@ def test_layer_scale_is_followed_while_it_is_one_number() -> None:
 def test_units_that_are_not_the_mean_are_not_removed() -> None:
     graph = gg.trace(fill(Transformer().double(), 1), images())
     said = gg.Remove("patches", (1,)).obstacle(graph)
-    assert said is not None and "removed ones are not the mean of the others" in said
+    assert said is not None and "removed ones are neither the mean of the others nor" in said
 
 
-def test_a_norm_over_several_dims_or_without_weight_is_an_obstacle() -> None:
-    for norm in (nn.LayerNorm([4, 6]), nn.LayerNorm(6, elementwise_affine=False)):
-        model = nn.Sequential(nn.Linear(3, 6), norm, nn.Linear(6, 2))
-        said = gg.Widen("0", 2).obstacle(gg.trace(model, torch.randn(2, 4, 3)))
-        assert said is not None and said.endswith("it mixes its units")
+def test_a_norm_over_several_dims_is_an_obstacle() -> None:
+    model = nn.Sequential(nn.Linear(3, 6), nn.LayerNorm([4, 6]), nn.Linear(6, 2))
+    said = gg.Widen("0", 2).obstacle(gg.trace(model, torch.randn(2, 4, 3)))
+    assert said is not None and said.endswith("it mixes its units")
+
+
+def test_what_reads_a_norm_without_weight_is_rescaled() -> None:
+    model = nn.Sequential(
+        nn.Linear(3, 6), nn.LayerNorm(6, elementwise_affine=False), nn.Linear(6, 2)
+    ).double()
+    x = torch.randn(4, 3).double()
+    grown = gg.apply(gg.trace(model, x), gg.Widen("0", 2))
+    assert gg.compare(model, grown.graph, x).relative <= 1e-12
+    wider = gg.lower(grown.graph)
+    norm, head = wider.get_submodule("1"), wider.get_submodule("2")
+    assert norm.normalized_shape == (8,) and norm.eps == pytest.approx(6 / 8 * 1e-5)
+    assert torch.allclose(head.weight[:, :6], (6 / 8) ** 0.5 * model[2].weight)
+    back = gg.apply(grown.graph, gg.Remove("0", (6, 7))).graph
+    assert gg.compare(model, back, x).relative <= 1e-12

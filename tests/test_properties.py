@@ -225,15 +225,18 @@ def check_liveness(net: Drawn, grown: gg.Grown) -> None:
 
 
 def is_saddle(growth: Growth) -> bool:
-    """Return whether new units start at a saddle, which no scheme that is exact can avoid.
+    """Return whether new units start at a saddle: constant over the batch, and read by zeros.
 
-    A tied weight writes and reads the same axis, so its new entries are zero on both sides, and its
-    units are constant over the batch until a gradient comes. Batch norm takes constants away.
+    So do those of a tied weight, which writes and reads the same axis: no scheme that is exact can
+    avoid it; and the odd one of units that hold constants. Batch norm takes constants away.
     """
     axis = growth.graph.axis(growth.rewrite.axis)
     tied = {at.path for at in axis.producers} & {at.path for at in axis.consumers}
     norms = any(isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d) for m in growth.net.model.modules())
-    return bool(tied) and norms
+    scheme = growth.rewrite.weights
+    constant = isinstance(scheme, gg.ZeroIncoming) and scheme.constant is not None
+    odd = constant and growth.rewrite.units % 2 == 1
+    return (bool(tied) or odd) and norms
 
 
 @given(growths(widenings, smooth=True, random=False, planted=False, awkward=False))

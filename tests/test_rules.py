@@ -848,15 +848,33 @@ def check_gathered(r: Related, axis: str, rng: np.random.Generator) -> None:
 
 
 def check_centred(r: Related, axis: str, rng: np.random.Generator) -> None:
-    """Units may change places; new ones that are the mean leave the others as they were."""
+    """Units may change places or be doubled; their mean leaves others as they were, rescaled."""
     units = rng.permutation(r.widths[axis])
-    wanted = [gathered(r, o, dims, axis, units) for o, dims in zip(r.outs, r.outputs, strict=True)]
-    agree(r.sample.run(all_gathered(r, axis, units)), wanted, f"units of {axis} as {units}")
-    old, more = r.widths[axis], int(rng.integers(1, 4))
+    for order in (units, np.concatenate([units, units])):
+        tensors = all_gathered(r, axis, order)
+        wanted = [gathered(r, o, d, axis, order) for o, d in zip(r.outs, r.outputs, strict=True)]
+        agree(normed(r, tensors), wanted, f"units of {axis} as {order}")
+    if r.sample.func.overloadpacket is aten.native_layer_norm:
+        check_mean(r, axis, int(rng.integers(1, 4)))
+
+
+def normed(r: Related, tensors: list[Tensor]) -> list[Tensor]:
+    """Return what a norm makes of tensors of any width."""
+    args, _ = r.sample.filled(tensors)
+    x, *rest = args
+    if r.sample.func.overloadpacket is aten.native_layer_norm:
+        return list(r.sample.func(x, [x.shape[-1]], *rest[1:]))
+    return list(r.sample.func(x, *rest[:3], x.shape[1], *rest[4:]))
+
+
+def check_mean(r: Related, axis: str, more: int) -> None:
+    """New units that are the mean leave the others as they were, if weight and eps follow."""
+    old = r.widths[axis]
     new, ratio = old + more, old / (old + more)
     args, _ = r.sample.filled(r.tensors)
     x, _, weight, bias, eps = args
     x = torch.cat([x, x.mean(-1, keepdim=True).expand(*x.shape[:-1], more)], -1)
+    weight = x.new_ones(old) if weight is None else weight
     weight = torch.cat([weight, weight.new_ones(more)]) * ratio**0.5
     bias = None if bias is None else torch.cat([bias, bias.new_zeros(more)])
     got = r.sample.func(x, [new], weight, bias, eps * ratio)[0]
@@ -905,7 +923,10 @@ def check_summed(r: Related, axis: str, rng: np.random.Generator) -> None:
         inputs[slot] = inputs[slot] * mask
         results.append(r.sample.run(inputs))
     if r.sample.resizable:
-        results.append(r.sample.run(all_gathered(r, axis, kept)))
+        narrow = r.sample.run(all_gathered(r, axis, kept))
+        if r.sample.func.overloadpacket is aten.mean:
+            narrow = [out * (len(kept) / r.widths[axis]) for out in narrow]
+        results.append(narrow)
     for got in results[1:]:
         agree(got, results[0], f"units of {axis} other than {kept} left out")
     if r.row.kind is Kind.CONTRACT and not r.outcome.border:
@@ -1117,7 +1138,8 @@ def pointwise_operators() -> list[torch._ops.OpOverload]:
             func = getattr(packet, which)
             needed = tuple(str(a.type) for a in func._schema.arguments if not a.has_default_value())
             given_back = "out" in which.lower() or which == "grad_input"
-            if row_of(func) is rules.POINTWISE and needed in TENSORS and not given_back:
+            masked = "masked_fill" in which + packet.__name__  # its second tensor is a mask
+            if row_of(func) is rules.POINTWISE and needed in TENSORS and not given_back | masked:
                 found.append(func)
     return found
 
@@ -1220,8 +1242,8 @@ SAID: tuple[tuple[torch._ops.OpOverload, tuple[Any, ...], str], ...] = (
         (t(2, 3, 4, 5), t(2, 6, 7, 2), 0, 0, False),
         "a! b c! d!, e! f! g! h! -> a! b i! j!",
     ),
-    (aten.mean.dim, (t(2, 3, 4), [1]), "a b! c -> a c"),
-    (aten.mean.dim, (t(2, 3, 4), [-1, 0], True), "a! b c! -> 1 b 1"),
+    (aten.mean.dim, (t(2, 3, 4), [1]), "a b c -> a c"),
+    (aten.amax.default, (t(2, 3, 4), [-1, 0], True), "a! b c! -> 1 b 1"),
     (aten.sum.dim_IntList, (t(2, 3, 4), [1]), "a b c -> a c"),
     (aten.norm.ScalarOpt_dim, (t(2, 3, 4), 2, [1]), "a b c -> a c"),
     (aten.norm.ScalarOpt_dim, (t(2, 3, 4), -1, [1]), "a b! c -> a c"),
@@ -1237,7 +1259,7 @@ SAID: tuple[tuple[torch._ops.OpOverload, tuple[Any, ...], str], ...] = (
     (
         aten.native_layer_norm.default,
         (t(2, 3, 4), [4], None, None, 1.0),
-        "a b c! -> a b c!, a b 1, a b 1",
+        "a b c -> a b c, a b 1, a b 1",
     ),
     (
         aten.native_layer_norm.default,
@@ -1247,7 +1269,7 @@ SAID: tuple[tuple[torch._ops.OpOverload, tuple[Any, ...], str], ...] = (
     (
         aten.native_group_norm.default,
         (t(2, 6, 4), t(6), t(6), 2, 6, 4, 3, 1.0),
-        "a (b c!) d!, (b c!), (b c!) -> a (b c!) d!, a b, a b",
+        "a (b c) d!, (b c), (b c) -> a (b c) d!, a b, a b",
     ),
     (
         aten.native_group_norm.default,
@@ -1440,7 +1462,7 @@ def row_like(name: str, **facets: Any) -> Row:
 MUTANTS: dict[str, tuple[str, Row]] = {
     "pieces in the wrong order": ("cat", row_like("cat", relate=cat_backwards)),
     "softmax as pointwise": ("_softmax", rules.POINTWISE),
-    "a mean that mixes nothing": ("mean", row_like("mean", relate=rules.sum_)),
+    "a largest that mixes nothing": ("amax", row_like("amax", relate=rules.sum_)),
     "cumsum as pointwise": ("cumsum", rules.POINTWISE),
     "sort as pointwise": ("sort", rules.POINTWISE),
     "gates of other units": ("glu", row_like("glu", relate=glu_untied)),

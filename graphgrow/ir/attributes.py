@@ -85,11 +85,8 @@ def _prelu(m: Any, s: Sizes) -> dict[str, Any]:
 
 
 def _layer_norm(m: Any, s: Sizes) -> dict[str, Any]:
-    """New units are the mean of the others, so the spread falls with the width, and eps with it."""
-    if len(m.normalized_shape) != 1 or "weight" not in s.tensors:
-        return {}
-    before, after = s.tensors["weight"][0].size(s.before), s("weight", 0)
-    return {"normalized_shape": (after,), "eps": m.eps * before / after}
+    last = s.input[-len(m.normalized_shape) :]
+    return {"normalized_shape": tuple(layout.size(s.after) for layout in last)}
 
 
 def _fixed(m: Any, s: Sizes) -> dict[str, Any]:
@@ -105,8 +102,8 @@ _ROWS: tuple[tuple[type | tuple[type, ...], Callable[[Any, Sizes], dict[str, Any
     (nn.ChannelShuffle, _shuffle),
     (nn.Embedding, _embedding),
     (nn.PReLU, _prelu),
-    (nn.LayerNorm, _layer_norm),
-    ((nn.RMSNorm, Rational), _fixed),
+    ((nn.LayerNorm, nn.RMSNorm), _layer_norm),
+    (Rational, _fixed),
 )
 
 

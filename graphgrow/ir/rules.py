@@ -501,7 +501,7 @@ def norm(c: Call) -> Outcome:
 
 
 def sum_(c: Call) -> Outcome:
-    """Sum over dims; a unit that is zero adds nothing."""
+    """Sum or average over dims; a unit that is zero adds nothing to the sum."""
     x, dims = c.args[0], _reduced_dims(c)
     over = tuple(Contracted(0, d, c.of(x)[d]) for d in dims)
     return _reduced(c, lambda parts: None, over)
@@ -569,10 +569,10 @@ def _frozen(out: Tensor) -> Dims:
 
 
 def layer_norm(c: Call) -> Outcome:
-    """Normalise over the last dims together; a single dim with a weight may change its width."""
+    """Normalise over the last dims together; a single dim may change its width."""
     x, count = c.args[0], len(c.args[1])
     dims = c.of(x)
-    single = count == 1 and isinstance(c.args[2], Tensor)
+    single = count == 1
     for t in c.args[2:4]:
         if isinstance(t, Tensor):
             for d in range(count):
@@ -592,11 +592,11 @@ def group_norm(c: Call) -> Outcome:
         if isinstance(t, Tensor):
             unify(c.of(t)[0], channels)
     parts = [channels] if groups == 1 else layout.split(channels, [groups, x.shape[1] // groups])
-    freeze(parts[-1] if x.shape[1] // groups > 1 else ONE, "mixes its units inside its groups")
+    mixed = parts[-1] if x.shape[1] // groups > 1 else ONE
     for space in c.of(x)[2:]:
         freeze(space, "is normalised over")
     statistics = [c.of(x)[0], ONE if groups == 1 < x.shape[1] else parts[0]]
-    return Outcome([list(c.of(x)), *(list(statistics) for _ in c.outs[1:])])
+    return Outcome([list(c.of(x)), *(list(statistics) for _ in c.outs[1:])], mixed=mixed)
 
 
 # --- contractions --------------------------------------------------------------------------------
@@ -820,12 +820,13 @@ ROWS: dict[Any, Row] = _table(
     (POOL, "replication_pad1d replication_pad2d replication_pad3d"),
     (BORDERED, "avg_pool2d avg_pool3d avg_pool1d"),
     (Row(sampled, Kind.SEPARATE, "zero", True), "grid_sampler_2d grid_sampler_3d"),
-    (REDUCE, "mean amax amin max min"),
+    (REDUCE, "amax amin max min"),
     (Row(reduce, Kind.SEPARATE, "zero", True), "std"),
     (Row(norm, Kind.SUM, "zero", True), "linalg_vector_norm norm"),
     (Row(reduce, Kind.SEPARATE, "zero"), "var prod"),
     (Row(reduce, Kind.SEPARATE), "any all argmax argmin logsumexp var_mean std_mean median"),
     (Row(sum_, Kind.SUM, "zero", True), "sum"),
+    (Row(sum_, Kind.SUM, "any", True), "mean"),
     (MIX, "_softmax _log_softmax _safe_softmax cumsum sort topk cumprod argsort"),
     (DRAWN, "native_dropout bernoulli bernoulli_ rand_like randn_like randint_like"),
     (DRAWN, "uniform_ normal_ rrelu_with_noise rrelu_with_noise_"),
@@ -834,7 +835,7 @@ ROWS: dict[Any, Row] = _table(
     (NORM, "cudnn_batch_norm miopen_batch_norm _batch_norm_with_update batch_norm_with_update"),
     (NORM, "_batch_norm_no_update"),
     (Row(layer_norm, Kind.CENTER), "native_layer_norm"),
-    (Row(group_norm, Kind.SEPARATE), "native_group_norm"),
+    (Row(group_norm, Kind.CENTER), "native_group_norm"),
     # sums of products
     (Row(mm, Kind.CONTRACT), "mm bmm"),
     (Row(addmm, Kind.CONTRACT), "addmm baddbmm"),

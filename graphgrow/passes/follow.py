@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from graphgrow.ir.analyse import ParameterDim, Slot, Source, Step
+from graphgrow.ir.analyse import Analysis, ParameterDim, Slot, Source, Step
 from graphgrow.ir.rules import Kind, aten
 from graphgrow.passes.units import Resized
 
@@ -87,11 +87,13 @@ class Follower:
         self.axis, self.new, self.old = resized.axis, resized.new, resized.old
         self.contents: dict[int, Content] = {}
         self.arrivals: list[Arrival] = []
-        self.centred: list[Arrival] = []
+        self.statistics: list[Arrival] = []
         self._slices: dict[ParameterDim, Tensor] = {}
         self.held = resized.analysis.holding.get(resized.axis, frozenset())
-        # only norms over units ask whether some are the mean of the others
-        self.averages = any(resized.axis in step.mixed for step in resized.analysis.steps)
+        # only norms and means over units ask whether some are the mean of the others
+        self.averages = is_averaged(resized.analysis, resized.axis)
+        self._means: dict[int, int] = {}
+        self._silent: set[ParameterDim] = set()
         self.needed = self._needed()
         self.guess = self._guess()
 
@@ -155,7 +157,7 @@ class Follower:
     # --- the walk
 
     def run(self) -> Follower:
-        """Follow all steps and return self, with `arrivals` and `centred` filled."""
+        """Follow all steps and return self, with `arrivals` and `statistics` filled."""
         for step in self.resized.analysis.steps:
             touched = [v for v in step.inputs + step.outputs if self._has(v)]
             if touched:
@@ -295,7 +297,7 @@ class Follower:
             return self.arbitrary()
         lost = joined.constant() & (joined.scale != 0) & (row.keeps != "any")
         lost |= joined.constant() & (row.keeps == "none")
-        if step.func.overloadpacket not in _AVERAGES and row.kind is not Kind.MOVE:
+        if step.func.overloadpacket not in _AVERAGES and row.kind not in (Kind.MOVE, Kind.GATHER):
             lost |= joined.mean()
         if not row.homogeneous:
             lost |= ~joined.constant() & (joined.scale != 1)
@@ -311,6 +313,9 @@ class Follower:
         content = self.content(step.inputs[0])
         if any(self.axis in axes for axes in step.contracted.values()):
             self.arrivals.append(Arrival(step, content, None))
+            self.statistics.append(self.arrivals[-1])
+            if step.func.overloadpacket is aten.mean and self._is_over_units_alone(step):
+                self._means[step.outputs[0]] = step.inputs[0]
         if not any(self._has(number) for number in step.outputs):
             return None
         return self._kept(step)
@@ -327,14 +332,32 @@ class Follower:
         if step.func.overloadpacket in _QUOTIENTS and 0 in contents:
             zero = contents[0].zero() & ~np.any([contents[k].zero() for k in slots if k], axis=0)
             like, scale = np.where(zero, CONSTANT, like), np.where(zero, 0.0, scale)
+        if step.func.overloadpacket in SUMS and len(slots) == 2:
+            for slot in slots:
+                if contents[slot].zero().all():
+                    self._note_silent(step, 1 - slot)
         mean = self._mean_kept(step, contents)
-        like, scale = np.where(mean, MEAN, like), np.where(mean, 1.0, scale)
-        constant = np.all([c.constant() for c in contents.values()], axis=0)
-        value, slope = self._evaluated(step, contents, constant)
+        if self._is_centred(step):
+            like, scale = np.where(mean, CONSTANT, like), np.where(mean, 0.0, scale)
+        else:
+            like, scale = np.where(mean, MEAN, like), np.where(mean, 1.0, scale)
+        numbers = {slot: self._as_numbers(step, slot, c) for slot, c in contents.items()}
+        constant = np.all([c.constant() for c in numbers.values()], axis=0)
+        value, slope = self._evaluated(step, numbers, constant)
         known = constant & ~np.isnan(value)
+        if all(self._source(step, slot) is not None for slot in slots):
+            known &= like == self.new  # of parameters alone, who is like whom says more
         return Content(
             self.new, np.where(known, CONSTANT, like), np.where(known, value, scale), slope
         )
+
+    def _as_numbers(self, step: Step, slot: int, content: Content) -> Content:
+        """Return the content of an input, a parameter's one number rather than what it is like."""
+        source = self._source(step, slot)
+        if source is None:
+            return content
+        held = _one_number(self._entries(source)[torch.from_numpy(self.new)])
+        return self._masked(~np.isnan(held), np.nan_to_num(held))
 
     def _mean_kept(self, step: Step, contents: Mapping[int, Content]) -> np.ndarray:
         """Return which new units are still the mean: after sums, and products with one number."""
@@ -351,16 +374,56 @@ class Follower:
             return none
         return contents[computed[0]].mean()
 
+    def _is_over_units_alone(self, step: Step) -> bool:
+        values = self.resized.analysis.values[step.inputs[0]]
+        over = [values[dim].terms for _, dim in step.contracted]
+        return over == [((self.axis,),)]
+
+    def silent(self) -> set[ParameterDim]:
+        """Return the parameter dims whose entries are added to new units that are zero."""
+        return self._silent
+
+    def _note_silent(self, step: Step, position: int) -> None:
+        part = step.args[position]
+        source = self._source(step, part.number) if isinstance(part, Slot) else None
+        if source is not None:
+            self._silent |= {ParameterDim(source.path, d) for d in self.resized.dims(source.path)}
+
+    def _is_centred(self, step: Step) -> bool:
+        """Return whether a step subtracts the mean of units, which leaves nothing of new ones."""
+        subtracts = step.func.overloadpacket in _DIFFERENCES and len(step.inputs) == 2
+        return subtracts and self._means.get(step.inputs[1]) == step.inputs[0]
+
     def _center(self, step: Step) -> Content:
         """Return what a norm over the units leaves of new ones: its bias, if they are the mean."""
         content = self.content(step.inputs[0])
-        bias = self._norm_part(step, 3)
-        self.centred.append(Arrival(step, content, None))
+        weight, bias = (self._norm_part(step, place(step, n)) for n in ("weight", "bias"))
+        self.statistics.append(Arrival(step, content, None))
+        if content.mean().all():
+            self._note_silent(step, place(step, "bias"))
         held = np.zeros(len(self.new))
         if bias is not None:
             held = _one_number(bias[torch.from_numpy(self.new)])
-        known = content.mean() & ~np.isnan(held)
-        return self._masked(known, held)
+        alone = step.func.overloadpacket in OVER_UNITS_ALONE
+        known = alone & content.mean() & ~np.isnan(held)
+        parts = [p for p in (weight, bias) if p is not None]
+        copied = self._copied(content, parts)
+        return Content(
+            self.new,
+            np.where(known, CONSTANT, np.where(copied, content.like, self.new)),
+            np.where(known, held, 1.0),
+            content.slope,
+        )
+
+    def _copied(self, content: Content, parts: list[Tensor]) -> np.ndarray:
+        """Return which new units equal another in content and in some per-unit entries."""
+        return np.array(
+            [
+                i >= 0 and i != u and s == 1 and all(torch.equal(p[i], p[u]) for p in parts)
+                for u, i, s in zip(self.new, content.like, content.scale, strict=True)
+            ],
+            dtype=bool,
+        )
 
     def _agreed(self, step: Step, contents: Mapping[int, Content]) -> tuple[np.ndarray, np.ndarray]:
         """Return the unit that each new unit equals in every input, itself where there is none."""
@@ -370,7 +433,7 @@ class Follower:
         carried = [self._entries(s) for s in sources.values() if s is not None]
         product = step.func.overloadpacket in _PRODUCTS
         if not computed:
-            return like, scale
+            computed, carried = list(contents.values()), []
         for k, u in enumerate(self.new):
             i, s = computed[0].like[k], computed[0].scale[k]
             if i in (u, CONSTANT, MEAN):
@@ -641,11 +704,34 @@ class Follower:
         return Reduction(total[torch.from_numpy(self.old)], total[torch.from_numpy(own)], constant)
 
 
+def place(step: Step, name: str) -> int:
+    """Return the position of an operator's argument of that name."""
+    return [a.name for a in step.func._schema.arguments].index(name)
+
+
+def is_averaged(analysis: Analysis, axis: str) -> bool:
+    """Return whether some operator takes a mean over the units of an axis, or their spread."""
+    return any(
+        axis in step.mixed
+        or (
+            step.func.overloadpacket is aten.mean
+            and any(axis in axes for axes in step.contracted.values())
+        )
+        for step in analysis.steps
+    )
+
+
 _PRODUCTS = {aten.mul, aten.mul_}
+_DIFFERENCES = {aten.sub, aten.sub_}
+SUMS = {aten.add, aten.add_, *_DIFFERENCES}
 _QUOTIENTS = {aten.div, aten.div_}
-_LINEAR = {aten.neg, aten.add, aten.add_, aten.sub, aten.sub_}
+_LINEAR = {aten.neg, *SUMS}
 # sums over positions, of which the mean over units is the mean over units of the sums
 _AVERAGES = {aten.mean, aten.sum, aten._adaptive_avg_pool2d, aten.avg_pool2d}
+
+
+# norms whose statistics go over the units at one place, and nothing else
+OVER_UNITS_ALONE = {aten.native_layer_norm}
 
 
 def _uniform(entries: Tensor) -> bool:

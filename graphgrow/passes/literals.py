@@ -18,17 +18,22 @@ Numbers = dict[tuple[str, str], Any]
 
 
 def resize(
-    structure: fx.Graph, analysis: Analysis, mode: str, widths: Mapping[str, int]
+    structure: fx.Graph,
+    analysis: Analysis,
+    mode: str,
+    widths: Mapping[str, int],
+    scaled: Mapping[tuple[str, str], float],
 ) -> tuple[fx.Graph, Numbers]:
     """Return `structure` with the sizes stated in calls changed to what `widths` make them.
 
+    `scaled` has a factor for the number that a call adds to a statistic, by mode and node.
     The same graph comes back where nothing changes; a changed node's meta says so in `edited`. The
     second part has the new value of every node that computes a number, by mode and name.
 
     Raises:
         NotApplicable: where a size cannot be stated anew.
     """
-    edits = _Edits(analysis, mode, widths)
+    edits = _Edits(analysis, mode, widths, scaled)
     found = dict(_changed(edits, structure))
     numbers = {
         (mode, node.name): edits.number(node)
@@ -72,8 +77,14 @@ Call = tuple[Any, tuple[Any, ...], dict[str, Any]]
 class _Edits:
     """The calls of one structure, seen with the widths before and after."""
 
-    def __init__(self, analysis: Analysis, mode: str, widths: Mapping[str, int]) -> None:
-        self.analysis, self.mode = analysis, mode
+    def __init__(
+        self,
+        analysis: Analysis,
+        mode: str,
+        widths: Mapping[str, int],
+        scaled: Mapping[tuple[str, str], float],
+    ) -> None:
+        self.analysis, self.mode, self.scaled = analysis, mode, scaled
         self.before, self.after = analysis.widths(), widths
         self.numbers: dict[fx.Node, Any] = {}
 
@@ -83,6 +94,9 @@ class _Edits:
             return None
         rule = _RULES.get(_called(node))
         changed = rule(self, node) if rule is not None else None
+        factor = self.scaled.get((self.mode, node.name))
+        if factor is not None:
+            changed = _with_number(self, changed or _call(node), factor)
         if changed is None or changed == (node.target, tuple(node.args), dict(node.kwargs)):
             return None
         return changed
@@ -292,16 +306,14 @@ def _narrow(edits: _Edits, node: fx.Node) -> Call | None:
 
 
 def _layer_norm(edits: _Edits, node: fx.Node) -> Call | None:
-    """State the new width, and eps as it falls with the spread."""
-    names = ("input", "normalized_shape", "weight", "bias", "eps")
-    named: dict[str, Any] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-    before = edits.dims(node)
-    if before is None or not edits.moves(before[-1]):
+    """State the new width."""
+    dims, args, named = edits.dims(node), _arguments(node), dict(node.kwargs)
+    if dims is None or not edits.moves(dims[-1]):
         return None
-    old, new = before[-1].size(edits.before), before[-1].size(edits.after)
-    x = named.pop("input")
-    changed = {"normalized_shape": (new,), "eps": named.get("eps", 1e-5) * old / new}
-    return node.target, (x,), {**named, **changed}
+    new = (dims[-1].size(edits.after),)
+    if len(args) > 1:
+        return node.target, (args[0], new, *args[2:]), named
+    return node.target, tuple(args), {**named, "normalized_shape": new}
 
 
 def _grouped(position: int, name: str) -> Callable[[_Edits, fx.Node], Call | None]:
@@ -324,6 +336,34 @@ def _grouped(position: int, name: str) -> Callable[[_Edits, fx.Node], Call | Non
     return rule
 
 
+def _call(node: fx.Node) -> Call:
+    return node.target, tuple(node.args), dict(node.kwargs)
+
+
+# position and default of the number that a norm adds to a spread
+_EPS = {"layer_norm": (4, 1e-5), "rms_norm": (3, None), "group_norm": (4, 1e-5)}
+
+
+def _with_number(edits: _Edits, call: Call, factor: float) -> Call:
+    """Return a call with the number that it adds multiplied by `factor`."""
+    target, args, named = call
+    name = target if isinstance(target, str) else target.__name__
+    if name in _EPS:
+        at, usual = _EPS[name]
+        eps = named.get("eps", args[at] if len(args) > at else usual)
+        eps = edits.number_before(eps)
+        if eps is not None:
+            return target, args[:at], {**named, "eps": eps * factor}
+        raise NotApplicable("its eps is not given, so it depends on the precision; give one")
+    places = [i for i, a in enumerate(args) if type(edits.number_before(a)) in (int, float)]
+    if name.strip("_") not in ("add", "iadd", "radd", "sub", "isub") or len(places) != 1:
+        raise NotApplicable(
+            f"what it adds to a statistic would have to be multiplied by {factor:.6g}"
+        )
+    new = [edits.number_before(a) * factor if i in places else a for i, a in enumerate(args)]
+    return target, tuple(new), named
+
+
 _RULES: dict[str, Callable[[_Edits, fx.Node], Call | None]] = {
     **dict.fromkeys(("view", "reshape", "expand", "broadcast_to"), _sizes(1)),
     "repeat_interleave": _repeat_interleave,
@@ -333,7 +373,7 @@ _RULES: dict[str, Callable[[_Edits, fx.Node], Call | None]] = {
     **dict.fromkeys(("split", "split_with_sizes", "chunk", "tensor_split"), _split),
     **dict.fromkeys(("getitem", "__getitem__", "__setitem__"), _indexed),
     "narrow": _narrow,
-    "layer_norm": _layer_norm,
+    **dict.fromkeys(("layer_norm", "rms_norm"), _layer_norm),
     "group_norm": _grouped(1, "num_groups"),
     "channel_shuffle": _grouped(1, "groups"),
     **dict.fromkeys(("conv1d", "conv2d", "conv3d"), _grouped(6, "groups")),

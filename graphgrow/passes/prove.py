@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from graphgrow.ir.analyse import ParameterDim, Step
-from graphgrow.ir.rules import aten
-from graphgrow.passes.follow import Arrival, Follower, Reduction
+from graphgrow.ir.rules import Kind, aten
+from graphgrow.passes.factors import Compensation, compensated
+from graphgrow.passes.follow import Arrival, Content, Follower, Reduction
 from graphgrow.passes.units import Resized
 
 
@@ -47,13 +48,15 @@ class Verdict:
     """What following the new units showed: a reason against, or what must be folded and the lines.
 
     `folds` has, for each bias, the constant that the new units add and that it must give up.
-    `dead` are new units that could never learn.
+    `dead` are new units that could never learn. `compensation` takes back the factors that old
+    units get where a mean or a norm goes over all of them.
     """
 
     reason: str | None = None
     folds: Mapping[str, Tensor] = field(default_factory=dict)
     lines: tuple[str, ...] = ()
     dead: tuple[int, ...] = ()
+    compensation: Compensation = field(default_factory=Compensation)
 
 
 def judge(follower: Follower, narrow: Mapping[str, Tensor]) -> Verdict:
@@ -61,12 +64,12 @@ def judge(follower: Follower, narrow: Mapping[str, Tensor]) -> Verdict:
     alive = np.zeros(len(follower.new), dtype=bool)
     folds: dict[str, Tensor] = {}
     lines: dict[tuple[str, str], list[str]] = {}
-    for arrival in follower.centred:
-        reason = _uncentred(follower, arrival, narrow)
-        if reason is not None:
-            return Verdict(reason)
-        text = f"{len(follower.new)} new units are the mean of the others, eps and weight rescaled"
-        lines.setdefault((arrival.step.where, text), []).append(arrival.step.mode)
+    made_up = compensated(follower)
+    if made_up.reason is not None:
+        return Verdict(made_up.reason)
+    for arrival in follower.statistics:
+        if (text := _unchanged(arrival.content)) is not None:
+            lines.setdefault((arrival.step.where, text), []).append(arrival.step.mode)
     for arrival in follower.arrivals:
         found = _judged(follower, arrival, narrow)
         if found.reason is not None:
@@ -77,13 +80,15 @@ def judge(follower: Follower, narrow: Mapping[str, Tensor]) -> Verdict:
             folds[path] = constant
         alive |= _alive(follower, arrival)
         where = arrival.step.where
-        lines.setdefault((where, " ".join(found.lines)), []).append(arrival.step.mode)
+        if found.lines:
+            lines.setdefault((where, " ".join(found.lines)), []).append(arrival.step.mode)
     folds = {path: constant for path, constant in folds.items() if bool((constant != 0).any())}
     missing = _unfolded(follower, folds)
     if missing is not None:
         return Verdict(missing)
     said = tuple(f"[{' and '.join(dict.fromkeys(m))}] {w}: {t}" for (w, t), m in lines.items())
-    return Verdict(None, folds, said, tuple(int(u) for u in follower.new[~alive]))
+    dead = tuple(int(u) for u in follower.new[~alive])
+    return Verdict(None, folds, (*said, *made_up.lines), dead, made_up)
 
 
 def _disagreeing(step: Step, path: str) -> str:
@@ -93,30 +98,13 @@ def _disagreeing(step: Step, path: str) -> str:
     )
 
 
-def _uncentred(follower: Follower, arrival: Arrival, narrow: Mapping[str, Tensor]) -> str | None:
-    """Return what speaks against a norm over units: they are not the mean, or not rescaled."""
-    step, wide = arrival.step, follower.resized
-    if not arrival.content.mean().all():
-        return (
-            f"{step.where} normalises over units, and new ones are not the mean of the others "
-            f"in {step.mode} mode"
-        )
-    ratio = (len(wide.old) / len(wide.units)) ** 0.5
-    for position, factor in ((2, ratio), (3, 1.0)):
-        slot = step.args[position]
-        source = wide.analysis.sources.get(step.inputs[slot.number]) if slot is not None else None
-        if slot is None:
-            continue
-        if source is None:
-            return f"{step.where} has a weight that is computed, so it cannot be rescaled"
-        at = ParameterDim(source.path, 0)
-        before = narrow_slices(wide, narrow[at.path], at).double() * factor
-        after = follower.slices(at)[torch.from_numpy(wide.old)].double()
-        if not torch.allclose(
-            after, before, rtol=8 * torch.finfo(narrow[at.path].dtype).eps, atol=0
-        ):
-            return f"the weight of {step.where} is not rescaled for {len(wide.units)} units"
-    return None
+def _unchanged(content: Content) -> str | None:
+    """Return why a mean or norm over units is as before but for a factor, None where it is zero."""
+    if content.zero().all():
+        return "new units are zero and add nothing"
+    if content.mean().all():
+        return f"{len(content.units)} new units are the mean of the others"
+    return f"{len(content.units)} new units are copies, of each as many as of any other"
 
 
 def _unfolded(follower: Follower, folds: Mapping[str, Tensor]) -> str | None:
@@ -126,7 +114,7 @@ def _unfolded(follower: Follower, folds: Mapping[str, Tensor]) -> str | None:
     for step in analysis.steps:
         for number in step.inputs:
             source = analysis.sources.get(number)
-            if source is None or step.row.kind.name == "MOVE" or id(step) in arrived:
+            if source is None or step.row.kind is Kind.MOVE or id(step) in arrived:
                 continue
             if source.path in folds and bool((folds[source.path] != 0).any()):
                 return f"the bias '{source.path}' is also used by {step.where}"
@@ -135,9 +123,12 @@ def _unfolded(follower: Follower, folds: Mapping[str, Tensor]) -> str | None:
 
 def _judged(follower: Follower, arrival: Arrival, narrow: Mapping[str, Tensor]) -> Verdict:
     step = arrival.step
+    if arrival.weight is None and arrival.other is None:
+        return Verdict()
     if arrival.weight is None:
         zero = arrival.content.zero()
-        zero = zero | arrival.other.zero() if arrival.other is not None else zero
+        if arrival.other is not None:
+            zero = zero | arrival.other.zero()
         if zero.all():
             return Verdict(lines=("new units are zero and add nothing",))
         return Verdict(f"{step.where} sums over its units with no weight that could be zero")
@@ -250,7 +241,7 @@ def _alive(follower: Follower, arrival: Arrival) -> np.ndarray:
     content, other = arrival.content, arrival.other
     if arrival.weight is None:
         moves = content.slope != 0
-        if other is None and arrival.step.func.overloadpacket is not aten.sum:
+        if other is None and arrival.step.func.overloadpacket not in (aten.sum, aten.mean):
             return np.zeros(len(moves), dtype=bool)  # a norm is flat where a unit is zero
         if other is None:
             return ~content.zero() | moves

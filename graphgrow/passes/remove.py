@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -16,12 +16,12 @@ from graphgrow.ir.analyse import Analysis, Axis, ParameterDim, Slot
 from graphgrow.ir.assemble import assemble
 from graphgrow.ir.graph import Graph
 from graphgrow.ir.layout import Layout
+from graphgrow.passes.factors import Compensation, listed
 from graphgrow.passes.follow import Arrival, Follower, Reduction
 from graphgrow.passes.prove import Proof, Verdict, judge, old_entries, per_output, rounding
 from graphgrow.passes.resize import resize
 from graphgrow.passes.rewrite import Edit, free_axes, refusal
-from graphgrow.passes.units import Resized, gather
-from graphgrow.passes.weights import centred
+from graphgrow.passes.units import Resized, gather, times
 
 
 @dataclass(frozen=True)
@@ -55,12 +55,14 @@ class Remove:
     Exact where a unit's outgoing weights are zero, or the unit is a constant, equal to another or a
     multiple of one: its readers' weights and biases take over what it added. For other units give
     `absorb`: coefficients, or model inputs to fit them on; the removal is then not exact, and the
-    proof says by how much the outputs changed.
+    proof says by how much the outputs changed. `numbers` is filled by `apply`, for the journal, as
+    that of `Widen`.
     """
 
     axis: str
     units: tuple[int, ...]
     absorb: Absorb | Tensor | tuple[Tensor, ...] | None = None
+    numbers: tuple[tuple[str, str, float], ...] = field(default=(), repr=False)
 
     @staticmethod
     def places(graph: Graph) -> list[str]:
@@ -86,10 +88,14 @@ class Remove:
                 f"exactly: {narrowed.reason}; give absorb= for least squares"
             )
         chosen = replace(
-            self, axis=axis.name, units=units, absorb=absorb if narrowed.fitted else None
+            self,
+            axis=axis.name,
+            units=units,
+            absorb=absorb if narrowed.fitted else None,
+            numbers=listed(narrowed.numbers),
         )
         grown = resize(graph, narrowed.kept, narrowed.tensors, chosen)
-        origin = {path: narrowed.kept.origin(path) for path in change.paths()}
+        origin = {path: narrowed.kept.origin(path) for path in narrowed.tensors}
         said = str(replace(chosen, absorb=None))
         lost = rounding(narrowed.rounded, graph.state)
         proof = Proof(said, not narrowed.fitted, lines=narrowed.lines, rounding=lost)
@@ -134,7 +140,7 @@ class _Narrowed:
         self.shifted: set[str] = set()
         self.rounded: set[str] = set()
         self.tensors = {p: gather(graph.state[p], self.kept.origin(p)) for p in change.paths()}
-        self._rescale()
+        self.numbers: Mapping[tuple[str, str], float] = {}
         follower = Follower(change, graph.state).run()
         for arrival in follower.arrivals:
             if arrival.weight is not None:
@@ -147,14 +153,15 @@ class _Narrowed:
         self.lines = tuple(map(_read_backwards, verdict.lines))
         if verdict.reason is None:
             self._fold(verdict)
+            self._rescale(verdict.compensation)
 
-    def _rescale(self) -> None:
-        """Take back what norms over the units were rescaled by for the wider axis."""
-        factor = (len(self.change.units) / len(self.change.old)) ** 0.5
-        for at, _ in centred(self.change):
-            weight = self.tensors[at.path]
-            self.tensors[at.path] = (weight.double() * factor).to(weight.dtype)
-            self.rounded.add(at.path)
+    def _rescale(self, made_up: Compensation) -> None:
+        """Take back what made up for the number of units that means and norms go over."""
+        for path, factor in made_up.tensors.items():
+            now = self.tensors.get(path, self.graph.state[path])
+            self.tensors[path] = times(now, 1 / factor)
+            self.rounded.add(path)
+        self.numbers = {call: 1 / factor for call, factor in made_up.numbers.items()}
 
     def _reduce(self, follower: Follower, arrival: Arrival) -> None:
         at = arrival.weight

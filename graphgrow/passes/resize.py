@@ -6,39 +6,47 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
+from graphgrow.errors import NotApplicable
 from graphgrow.ir.analyse import Analysis, Slot
 from graphgrow.ir.assemble import shell, twin
 from graphgrow.ir.attributes import Sizes, resized
 from graphgrow.ir.graph import Graph
 from graphgrow.ir.layout import Layout
 from graphgrow.passes import literals
-from graphgrow.passes.rewrite import Rewrite
 from graphgrow.passes.units import Resized
 
 
-def resize(graph: Graph, change: Resized, tensors: Mapping[str, Tensor], rewrite: Rewrite) -> Graph:
+def resize(
+    graph: Graph,
+    change: Resized,
+    tensors: Mapping[str, Tensor],
+    rewrite: Any,
+) -> Graph:
     """Return `graph` with an axis resized, `tensors` by path in place of the old ones.
 
-    `rewrite` joins the journal. What is known of axes carries over with the new widths, so that
-    many rewrites in a row need one analysis; it is derived anew where one unit is left.
+    `rewrite` joins the journal; its `numbers` have factors for what calls add to statistics. What
+    is known of axes carries over with the new widths, so that many rewrites in a row need one
+    analysis; it is derived anew where one unit is left.
 
     Raises:
         NotApplicable: where a size stated in a call cannot be stated anew.
     """
     widths = change.widths()
-    train, numbers = literals.resize(graph.train, graph.analysis, "train", widths)
+    scaled = {(mode, node): factor for mode, node, factor in rewrite.numbers}
+    train, numbers = literals.resize(graph.train, graph.analysis, "train", widths, scaled)
     same = graph.eval is graph.train
-    eval_, more = literals.resize(graph.eval, graph.analysis, "eval", widths)
+    eval_, more = literals.resize(graph.eval, graph.analysis, "eval", widths, scaled)
     made = {id(graph.state[path]): twin(graph.state[path], t) for path, t in tensors.items()}
     grown = replace(
         graph,
         train=train,
         eval=train if same else eval_,
         state={path: made.get(id(tensor), tensor) for path, tensor in graph.state.items()},
-        modules=_retold(graph, change.axis, widths),
+        modules=_retold(graph, change.axis, widths, _scaled_leaves(graph, scaled)),
         journal=(*graph.journal, rewrite),
     )
     # the last of several groups is no group: the layer is an ordinary one from then on
@@ -54,7 +62,26 @@ def _resized(
     return replace(analysis, axes=axes, nodes={**analysis.nodes, **numbers})
 
 
-def _retold(graph: Graph, axis: str, widths: Mapping[str, int]) -> dict[str, nn.Module]:
+def _scaled_leaves(graph: Graph, scaled: Mapping[tuple[str, str], float]) -> dict[str, float]:
+    """Return the factor for the eps of each leaf module that has one, by path."""
+    found: dict[str, float] = {}
+    for mode, structure in (("train", graph.train), ("eval", graph.eval)):
+        for node in structure.nodes if scaled else ():
+            factor = scaled.get((mode, node.name))
+            if node.op != "call_module" or factor is None:
+                continue
+            path = str(node.target)
+            if not hasattr(graph.modules[path], "eps") or found.setdefault(path, factor) != factor:
+                raise NotApplicable(
+                    f"cannot resize '{path}': it adds a number that would have to be multiplied by "
+                    f"{factor:.6g}, and has no eps of its own to hold it"
+                )
+    return found
+
+
+def _retold(
+    graph: Graph, axis: str, widths: Mapping[str, int], scaled: Mapping[str, float]
+) -> dict[str, nn.Module]:
     """Return the module templates with their attributes true again; untouched ones are shared."""
     inputs = _inputs(graph)
     fresh: dict[int, nn.Module] = {}
@@ -62,12 +89,24 @@ def _retold(graph: Graph, axis: str, widths: Mapping[str, int]) -> dict[str, nn.
         module = graph.modules[path]
         sizes = _sizes(graph, path, inputs.get(path, ()), widths)
         layouts = [*sizes.input, *(layout for dims in sizes.tensors.values() for layout in dims)]
-        if all(axis not in layout.axes() for layout in layouts):
+        if all(axis not in layout.axes() for layout in layouts) and path not in scaled:
             continue
         told = resized(module, sizes)
+        if path in scaled:
+            told = {**told, "eps": _eps(path, module) * scaled[path]}
         if told and id(module) not in fresh:
             fresh[id(module)] = _with(module, told)
     return {path: fresh.get(id(module), module) for path, module in graph.modules.items()}
+
+
+def _eps(path: str, module: Any) -> float:
+    """Return the eps of a norm; torch takes the precision of the numbers where none is given."""
+    weight = module._parameters.get("weight")
+    if module.eps is not None or weight is not None:
+        return torch.finfo(weight.dtype).eps if module.eps is None else module.eps
+    raise NotApplicable(
+        f"cannot resize '{path}': its eps is not given, so it depends on the precision; give one"
+    )
 
 
 def _with(module: nn.Module, attributes: dict[str, Any]) -> nn.Module:

@@ -80,6 +80,11 @@ def gather(tensor: Tensor, origin: TensorOrigin) -> Tensor:
     return moved
 
 
+def times(tensor: Tensor, factor: float) -> Tensor:
+    """Return a tensor multiplied by a number, rounded once."""
+    return (tensor.detach().double() * factor).to(tensor.dtype)
+
+
 def is_new(origin: TensorOrigin, shape: torch.Size) -> Tensor:
     """Return which entries of a changed tensor are new."""
     new = torch.zeros(shape, dtype=torch.bool)

@@ -7,7 +7,7 @@ is kept is not taken from the scheme but proved on the numbers.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from graphgrow.errors import NotApplicable
 from graphgrow.ir.analyse import ParameterDim, Slot
 from graphgrow.ir.rules import Kind
-from graphgrow.passes.follow import Follower
+from graphgrow.passes.follow import SUMS, Follower
 from graphgrow.passes.units import Resized, resized_state
 
 
@@ -75,6 +75,8 @@ class ZeroIncoming:
         """Return the changed tensors, incoming weights zero."""
         fill = _Fill(resized, state, self.seed)
         fill.carriers()
+        if self.paths is None:
+            fill.zero(added(resized))
         fill.consumers()
         if self.constant is not None:
             fill.cancel()
@@ -148,9 +150,9 @@ class MeanFill:
     """New units are the mean of the old ones, as norms over units ask for.
 
     All that writes them gets the mean over the old units, biases, embeddings and position tables
-    too; outgoing weights are drawn. A norm's weight is rescaled with the spread, which falls as the
-    width grows, and its bias is zero for new units. Copies of one mean learn differently, because
-    what reads them differs.
+    too; outgoing weights are drawn. Norms leave nothing of new units, and their biases add nothing.
+    The spread falls as the width grows: the proof has what follows it, norm weights and eps. Copies
+    of one mean learn differently, because what reads them differs.
 
     Source: Wang, Su, Fan et al. (2023), LEMON, "average" expansion; eps rescaled too.
     """
@@ -162,7 +164,7 @@ class MeanFill:
         fill = _Fill(resized, state, self.seed)
         fill.consumers()
         fill.means()
-        fill.norms()
+        fill.quiet()
         return fill.tensors
 
 
@@ -264,14 +266,15 @@ class _Fill:
 
     def producers_zero(self, paths: tuple[str, ...] | None) -> None:
         """Make incoming weights zero: those named, or all."""
-        for at in self.axis.producers:
-            if paths is None or at.path in paths:
-                new = self._read(at, self.resized.new)
-                self._write(at, self.resized.new, torch.zeros_like(new))
+        self.zero(at for at in self.axis.producers if paths is None or at.path in paths)
 
     def consumers_zero(self) -> None:
         """Make all outgoing weights zero."""
-        for at in self.axis.consumers:
+        self.zero(self.axis.consumers)
+
+    def zero(self, dims: Iterable[ParameterDim]) -> None:
+        """Make the new units' entries of some parameter dims zero."""
+        for at in dims:
             new = self._read(at, self.resized.new)
             self._write(at, self.resized.new, torch.zeros_like(new))
 
@@ -305,15 +308,9 @@ class _Fill:
                 values = torch.where(same, old[:1].double(), mean)
                 self._write(at, self.resized.new, values.expand_as(new))
 
-    def norms(self) -> None:
-        """Rescale the weights of norms over the units, and let new units leave them as zero."""
-        factor = (len(self.resized.old) / len(self.resized.units)) ** 0.5
-        for weight, bias in centred(self.resized):
-            whole = self._read(weight, np.arange(len(self.resized.units)))
-            self._write(weight, np.arange(len(self.resized.units)), whole.double() * factor)
-            if bias is not None:
-                new = self._read(bias, self.resized.new)
-                self._write(bias, self.resized.new, torch.zeros_like(new))
+    def quiet(self) -> None:
+        """Let the biases that are added to new units of a norm's output be zero."""
+        self.zero(Follower(self.resized, {**self.state, **self.tensors}).run().silent())
 
     def twins(self, first: np.ndarray, second: np.ndarray) -> None:
         """Make the second units equal to the first, their outgoing weights the negatives."""
@@ -410,21 +407,20 @@ class _Fill:
                 self._write(mean, self.resized.new, centre)
 
 
-def centred(resized: Resized) -> list[tuple[ParameterDim, ParameterDim | None]]:
-    """Return weight and bias of each norm over the units of the axis, each norm once."""
-    found: dict[str, tuple[ParameterDim, ParameterDim | None]] = {}
-    for step in resized.analysis.steps:
-        if resized.axis not in step.mixed:
+def added(resized: Resized) -> list[ParameterDim]:
+    """Return the carriers that are added to what layers write, or concatenated with it."""
+    analysis, found = resized.analysis, dict[ParameterDim, None]()
+    carriers = set(analysis.axes[resized.axis].carriers)
+    for step in analysis.steps:
+        moved = step.row.kind is Kind.MOVE and len(step.inputs) > 1
+        if not moved and step.func.overloadpacket not in SUMS:
             continue
-        slots = [a if isinstance(a, Slot) else None for a in step.args[2:4]]
-        sources = [
-            resized.analysis.sources.get(step.inputs[s.number]) if s is not None else None
-            for s in slots
-        ]
-        weight, bias = (ParameterDim(s.path, 0) if s is not None else None for s in sources)
-        if weight is not None:
-            found[weight.path] = (weight, bias)
-    return list(found.values())
+        for number in step.inputs:
+            source = analysis.sources.get(number)
+            if source is not None:
+                dims = [ParameterDim(source.path, d) for d in resized.dims(source.path)]
+                found.update(dict.fromkeys(at for at in dims if at in carriers))
+    return list(found)
 
 
 def _bias_position(step: Any) -> int | None:

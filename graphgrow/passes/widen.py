@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -11,11 +11,12 @@ from torch import Tensor
 from graphgrow.errors import NotApplicable
 from graphgrow.ir.analyse import Axis
 from graphgrow.ir.graph import Graph
-from graphgrow.passes.follow import Follower
+from graphgrow.passes.factors import listed
+from graphgrow.passes.follow import Follower, is_averaged
 from graphgrow.passes.prove import Proof, Verdict, judge, rounding
 from graphgrow.passes.resize import resize
 from graphgrow.passes.rewrite import Edit, TensorOrigin, free_axes, refusal
-from graphgrow.passes.units import Resized, gather, inserted, is_new
+from graphgrow.passes.units import Resized, gather, inserted, is_new, times
 from graphgrow.passes.weights import Copy, MeanFill, Pairs, Scheme, ZeroIncoming, ZeroOutgoing
 
 
@@ -26,13 +27,16 @@ class Widen:
     `axis` is the axis' name, or the path of any module that produces it. `weights` says how the new
     entries are filled; left out, the first scheme is taken that is exact on this axis and leaves
     units that can learn: zero outgoing, zero incoming (of all layers that write it, or of one
-    factor of a product), pairs, copies; mean fill where a norm goes over the units.
+    factor of a product), pairs, copies; mean fill where a norm goes over the units. `numbers` is
+    filled by `apply`, for the journal: factors of what calls add to statistics (eps), by mode and
+    node.
     """
 
     axis: str
     units: int
     at: int | None = None
     weights: Scheme | None = None
+    numbers: tuple[tuple[str, str, float], ...] = field(default=(), repr=False)
 
     @staticmethod
     def places(graph: Graph) -> list[str]:
@@ -48,7 +52,7 @@ class Widen:
         axis = self._checked(graph)
         change = Resized(graph.analysis, axis.name, inserted(axis.width, self.units, self.at))
         refusals: list[str] = []
-        mixes = any(axis.name in step.mixed for step in graph.analysis.steps)
+        mixes = is_averaged(graph.analysis, axis.name)
         for scheme in self._schemes(axis, mixes):
             try:
                 tensors, verdict = _filled(scheme, change, graph.state)
@@ -64,7 +68,7 @@ class Widen:
         if self.weights is not None:
             return (self.weights,)
         if mixes:
-            return (MeanFill(),)
+            return (MeanFill(), ZeroIncoming(), Copy())
         even = (Pairs(),) if self.units % 2 == 0 else ()
         alone = (ZeroIncoming(paths=(at.path,)) for at in axis.producers[1:] + axis.producers[:1])
         factors = tuple(alone) if len(axis.producers) > 1 else ()
@@ -94,15 +98,18 @@ class Widen:
             path: _minus(tensors.get(path, graph.state[path]), c)
             for path, c in verdict.folds.items()
         }
+        made_up = verdict.compensation
+        for path, factor in made_up.tensors.items():
+            tensors = {**tensors, path: times(tensors.get(path, graph.state[path]), factor)}
         origin = {
             path: _with_scale(change.origin(path), graph.state[path], tensors[path])
             for path in tensors
         }
-        chosen = replace(self, axis=change.axis, weights=scheme)
+        numbers = listed(made_up.numbers)
+        chosen = replace(self, axis=change.axis, weights=scheme, numbers=numbers)
         grown = resize(graph, change, {**tensors, **folded}, chosen)
-        changed = [path for path, found in origin.items() if found.scale is not None]
-        inexact = changed if isinstance(scheme, MeanFill) else []
-        lost = rounding([*verdict.folds, *inexact], graph.state)
+        inexact = [*verdict.folds, *made_up.tensors, *(tensors if made_up.numbers else ())]
+        lost = rounding(inexact, graph.state)
         proof = Proof(str(chosen), lines=verdict.lines, rounding=lost)
         return Edit(grown, proof, origin)
 
