@@ -97,8 +97,8 @@ class EinsumHeads(nn.Module):
 
 @case(
     (2, 5, 8),
-    "qkv[1](2)",
-    fixed={"qkv[0]": "is picked from by position", "qkv[2]": "sets the scale of attention"},
+    "qkv[1](2) qkv[2](4)",
+    fixed={"qkv[0]": "is picked from by position"},
 )
 class AttentionSdpa(nn.Module):
     def __init__(self):
@@ -132,7 +132,22 @@ class AttentionManual(nn.Module):
         return self.o((a @ v).transpose(1, 2).flatten(2))
 
 
-@case((2, 5, 8), "q[0](2) q[1](2) v[1](4)", fixed={"q[2]": "sets the scale of attention"})
+@case((2, 5, 8), "qkv[0](2) qkv[1](4) qkv[5](4)")
+class AttentionChunks(nn.Module):
+    """Queries and keys are parts of one weight, and their scale comes from a size."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.o = nn.Linear(8, 24), nn.Linear(8, 3)
+
+    def forward(self, x):
+        b, n, _ = x.shape
+        q, k, v = (t.reshape(b, n, 2, -1).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        weights = (q @ k.transpose(-2, -1) / q.size(-1) ** 0.5).softmax(-1)
+        return self.o((weights @ v).transpose(1, 2).flatten(2))
+
+
+@case((2, 5, 8), "q[0](2) q[1](2) q[2](4) v[1](4)")
 class AttentionGqa(nn.Module):
     def __init__(self):
         super().__init__()
@@ -495,6 +510,68 @@ class RmsnormHand(nn.Module):
     def forward(self, x):
         x = self.e(x)
         return self.o(x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * self.g)
+
+
+@case((2, 6), "e(4)")
+class RmsnormPlusOne(nn.Module):
+    """No weight of the norm itself can be rescaled: what reads it is."""
+
+    def __init__(self):
+        super().__init__()
+        self.e = nn.Linear(6, 4)
+        self.g = nn.Parameter(torch.ones(4))
+        self.o = nn.Linear(4, 2)
+
+    def forward(self, x):
+        x = self.e(x)
+        return self.o(x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-3) * (1 + self.g))
+
+
+@case((2, 6), "e(4)")
+class LayernormHand(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.e = nn.Linear(6, 4)
+        self.g, self.b = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4))
+        self.o = nn.Linear(4, 2)
+
+    def forward(self, x):
+        x = self.e(x)
+        mean = x.mean(-1, keepdim=True)
+        spread = (x - mean).pow(2).mean(-1, keepdim=True)
+        return self.o((x - mean) / torch.sqrt(spread + 1e-3) * self.g + self.b)
+
+
+@case((2, 6), "", fixed={"e": "the model's output would be multiplied by"})
+class MeanReturned(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.e = nn.Linear(6, 4)
+
+    def forward(self, x):
+        return self.e(x).relu().mean(-1)
+
+
+@case((2, 6), "e(4)")
+class MeanRead(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.e = nn.Linear(6, 4)
+        self.o = nn.Linear(1, 2)
+
+    def forward(self, x):
+        return self.o(self.e(x).tanh().mean(-1, keepdim=True))
+
+
+@case((2, 6), "", fixed={"e": "does not pass on the factor"})
+class MeanSquashed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.e = nn.Linear(6, 4)
+        self.o = nn.Linear(1, 2)
+
+    def forward(self, x):
+        return self.o(self.e(x).tanh().mean(-1, keepdim=True).sigmoid())
 
 
 @case((2, 6), "a(8) e(4)")

@@ -1309,12 +1309,12 @@ SAID: tuple[tuple[torch._ops.OpOverload, tuple[Any, ...], str], ...] = (
     (
         CPU_ATTENTION,
         (t(2, 3, 4, 5), t(2, 3, 6, 5), t(2, 3, 6, 5)),
-        "a b c d!, a b e! d!, a b e! f -> a b c f, a b c",
+        "a b c d, a b e! d, a b e! f -> a b c f, a b c",
     ),
     (
         CPU_ATTENTION,
         (t(2, 3, 4, 5), t(2, 3, 4, 5), t(2, 3, 4, 5), 0.0, True),
-        "a b c! d!, a b e! d!, a b e! f -> a b c! f, a b c!",
+        "a b c! d, a b e! d, a b e! f -> a b c! f, a b c!",
     ),
     (aten.embedding.default, (t(7, 3), t(2, 5, kind="whole")), "a! b, c! d! -> c! d! b"),
     (aten.zeros.default, ([2, 1, 3],), "-> a 1 b"),

@@ -37,6 +37,7 @@ class Kind(Enum):
     CENTER = "normalises units by the mean and spread of all"
     CONTRACT = "sums products over units"
     SUM = "sums over units"
+    ATTEND = "sums values, weighted by products of queries and keys"
     GATHER = "looks up rows"
     FILL = "fills a new tensor"
     RANDOM = "draws random numbers"
@@ -696,14 +697,19 @@ def _transposed(x: Composition, w: Dims, size: int, shape: torch.Size, groups: i
 
 
 def attention(c: Call) -> Outcome:
-    """Attend: heads stay apart, queries and keys are contracted over their features."""
+    """Attend: heads stay apart, queries and keys are contracted over their features.
+
+    Where there are fewer keys' heads than queries', each serves a group of these.
+    """
     q, k, v = (c.of(t) for t in c.args[:3])
     for d in range(len(q) - 2):
-        _one([q[d], k[d], v[d]])
+        heads, served = layout.size_of(q[d]), layout.size_of(k[d])
+        shared = [q[d]] if heads == served else layout.split(q[d], [served, heads // served])
+        _one([shared[0], k[d], v[d]])
     unify(k[-2], v[-2])
     freeze(k[-2], "is attended over")
     unify(q[-1], k[-1])
-    freeze(q[-1], "sets the scale of attention")
+    over = (Contracted(0, len(q) - 1, q[-1]), Contracted(1, len(k) - 1, k[-1]))
     scores = [*q[:-1], k[-2]]
     for mask in c.tensors()[3:]:
         _masked(c.of(mask), scores)
@@ -716,7 +722,7 @@ def attention(c: Call) -> Outcome:
         else _frozen(o)
         for o in c.outs[1:]
     ]
-    return Outcome([[*q[:-1], v[-1]], *rest])
+    return Outcome([[*q[:-1], v[-1]], *rest], over)
 
 
 def _masked(mask: Dims, scores: Dims) -> None:
@@ -842,11 +848,11 @@ ROWS: dict[Any, Row] = _table(
     (Row(mv, Kind.CONTRACT), "mv dot"),
     (Row(linear, Kind.CONTRACT), "linear"),
     (Row(convolution, Kind.CONTRACT), "convolution _convolution"),
-    (Row(attention, Kind.SEPARATE), "_scaled_dot_product_flash_attention_for_cpu"),
-    (Row(attention, Kind.SEPARATE), "_scaled_dot_product_flash_attention"),
-    (Row(attention, Kind.SEPARATE), "_scaled_dot_product_efficient_attention"),
-    (Row(attention, Kind.SEPARATE), "_scaled_dot_product_cudnn_attention"),
-    (Row(attention, Kind.SEPARATE), "_scaled_dot_product_attention_math"),
+    (Row(attention, Kind.ATTEND), "_scaled_dot_product_flash_attention_for_cpu"),
+    (Row(attention, Kind.ATTEND), "_scaled_dot_product_flash_attention"),
+    (Row(attention, Kind.ATTEND), "_scaled_dot_product_efficient_attention"),
+    (Row(attention, Kind.ATTEND), "_scaled_dot_product_cudnn_attention"),
+    (Row(attention, Kind.ATTEND), "_scaled_dot_product_attention_math"),
     (Row(embedding, Kind.GATHER, "any", True), "embedding"),
     # new tensors
     (FILL, "zeros ones full empty zeros_like ones_like full_like empty_like new_zeros new_ones"),

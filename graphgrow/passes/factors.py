@@ -124,6 +124,7 @@ class _Walk:
             Kind.POINTWISE: self._pointwise,
             Kind.CONTRACT: self._contract,
             Kind.CENTER: self._center,
+            Kind.ATTEND: self._attend,
             Kind.FILL: lambda *_: 1.0,
         }.get(step.row.kind, self._homogeneous)
         output = rule(step, found, spread)
@@ -182,6 +183,11 @@ class _Walk:
         if biased and (output != 1 or found[step.bias or 0] != 1):
             raise self._blocked(step)
         return output
+
+    def _attend(self, step: Step, found: list[float], spread: _Spread) -> float:
+        if abs(found[0] * found[1] - 1) > 1e-12 or any(f != 1 for f in found[3:]):
+            raise self._blocked(step)
+        return found[2]
 
     def _center(self, step: Step, found: list[float], spread: _Spread) -> float:
         """A norm takes back what all its units were multiplied by, if its eps follows."""

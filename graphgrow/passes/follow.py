@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_map
 
 from graphgrow.ir.analyse import Analysis, ParameterDim, Slot, Source, Step
 from graphgrow.ir.rules import Kind, aten
+from graphgrow.passes.parts import Parts
 from graphgrow.passes.units import Resized
 
 CONSTANT, MEAN = -1, -2
@@ -94,6 +95,7 @@ class Follower:
         self.averages = is_averaged(resized.analysis, resized.axis)
         self._means: dict[int, int] = {}
         self._silent: set[ParameterDim] = set()
+        self._parts: dict[int, Parts] = {}
         self.needed = self._needed()
         self.guess = self._guess()
 
@@ -167,6 +169,8 @@ class Follower:
                 for number in alike:
                     if content is not None and self._has(number):
                         self.contents[number] = content
+                if step.row.kind is Kind.MOVE and step.inputs[0] in self._parts:
+                    self._move_parts(step)
         return self
 
     def _has(self, number: int) -> bool:
@@ -178,6 +182,8 @@ class Follower:
             return self._contract(step)
         if kind is Kind.SUM:
             return self._sum(step)
+        if kind is Kind.ATTEND:
+            return self._attend(step)
         if kind in (Kind.FILL, Kind.RANDOM):
             return self._made(step)
         if kind is Kind.POINTWISE:
@@ -287,6 +293,29 @@ class Follower:
             np.where(constant, value, 1.0),
             np.full(count, slope),
         )
+
+    def _attend(self, step: Step) -> Content | None:
+        """Follow attention: features of queries meet those of keys, values are averaged."""
+        meeting = [key for key, axes in step.contracted.items() if self.axis in axes]
+        if meeting:
+            self._arrive(step, meeting)
+        if not any(self._has(number) for number in step.outputs):
+            return None
+        averaged = [2] if meeting else self._carrying(step)
+        if averaged == [2]:
+            content = self.content(step.inputs[2])
+            return self._masked(content.zero(), 0.0) if not _draws(step) else self.arbitrary()
+        return self._kept(step)
+
+    def _move_parts(self, step: Step) -> None:
+        """Follow the parts of a packed dim; one of which nothing is left but zeros is zero."""
+        values, parts = self.resized.analysis.values, self._parts[step.inputs[0]]
+        moved = parts.moved(step, [values[n] for n in (step.inputs[0], *step.outputs)])
+        for number, found in zip(step.outputs, moved, strict=True):
+            if found is not None and found.all_zero():
+                self.contents[number] = self._masked(np.ones(len(self.new), dtype=bool), 0.0)
+            elif found is not None:
+                self._parts[number] = found
 
     def _kept(self, step: Step) -> Content:
         held = [self.content(step.inputs[s]) for s in self._carrying(step)]
@@ -653,6 +682,7 @@ class Follower:
         like, scale = self.guess
         value = _one_number(bias[torch.from_numpy(self.new)])
         zero = (rows[torch.from_numpy(self.new)] == 0).all(1).numpy() & ~np.isnan(value)
+        self._note_parts(step, ParameterDim(source.path, dims[0]), rows, bias)
         both = torch.cat([rows, bias], 1)
         fits = np.array(
             [
@@ -669,6 +699,19 @@ class Follower:
             np.where(mean, 1.0, np.where(zero, value, np.where(fits, scale, 1.0))),
             np.ones(len(self.new)),
         )
+
+    def _note_parts(self, step: Step, at: ParameterDim, rows: Tensor, bias: Tensor) -> None:
+        """Note where some parts of a packed dim have no weights for new units, and others have."""
+        layout = self.resized.analysis.state[at.path][at.dim]
+        places = self.resized.at(at.path, at.dim).shape[1]
+        new = torch.from_numpy(self.new)
+        if places == 1 or bias.shape[1] not in (1, places):
+            return
+        used = (rows[new].reshape(len(new), places, -1) != 0).any(2) | (bias[new] != 0)
+        zero = ~used.any(0).numpy()
+        if zero.any() and not zero.all():
+            widths = self.resized.analysis.widths()
+            self._parts[step.outputs[0]] = Parts.of(layout, self.axis, widths, zero)
 
     def _tolerance(self, scale: float) -> float:
         return 0.0 if scale == 1 else self._eps()

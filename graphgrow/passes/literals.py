@@ -336,6 +336,18 @@ def _grouped(position: int, name: str) -> Callable[[_Edits, fx.Node], Call | Non
     return rule
 
 
+def _attention(edits: _Edits, node: fx.Node) -> Call | None:
+    """Keep the scale where the features of queries and keys change their number."""
+    target, args, named = _call(node)
+    dims = edits.dims(args[0] if args else named["query"])
+    if dims is None:
+        return None
+    old, new = (1 / math.sqrt(dims[-1].size(w)) for w in (edits.before, edits.after))
+    scale = edits.number_before(named.pop("scale", None))
+    scale = old if scale is None else scale
+    return target, args, named if scale == new else {**named, "scale": scale}
+
+
 def _call(node: fx.Node) -> Call:
     return node.target, tuple(node.args), dict(node.kwargs)
 
@@ -377,4 +389,5 @@ _RULES: dict[str, Callable[[_Edits, fx.Node], Call | None]] = {
     "group_norm": _grouped(1, "num_groups"),
     "channel_shuffle": _grouped(1, "groups"),
     **dict.fromkeys(("conv1d", "conv2d", "conv3d"), _grouped(6, "groups")),
+    "scaled_dot_product_attention": _attention,
 }

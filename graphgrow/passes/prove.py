@@ -61,7 +61,7 @@ class Verdict:
 
 def judge(follower: Follower, narrow: Mapping[str, Tensor]) -> Verdict:
     """Return whether the followed axis computes what the tensors of the narrower one do."""
-    alive = np.zeros(len(follower.new), dtype=bool)
+    alive, stuck = np.zeros((2, len(follower.new)), dtype=bool)
     folds: dict[str, Tensor] = {}
     lines: dict[tuple[str, str], list[str]] = {}
     made_up = compensated(follower)
@@ -79,6 +79,7 @@ def judge(follower: Follower, narrow: Mapping[str, Tensor]) -> Verdict:
                 return Verdict(_disagreeing(arrival.step, path))
             folds[path] = constant
         alive |= _alive(follower, arrival)
+        stuck |= _stuck(arrival)
         where = arrival.step.where
         if found.lines:
             lines.setdefault((where, " ".join(found.lines)), []).append(arrival.step.mode)
@@ -87,7 +88,7 @@ def judge(follower: Follower, narrow: Mapping[str, Tensor]) -> Verdict:
     if missing is not None:
         return Verdict(missing)
     said = tuple(f"[{' and '.join(dict.fromkeys(m))}] {w}: {t}" for (w, t), m in lines.items())
-    dead = tuple(int(u) for u in follower.new[~alive])
+    dead = tuple(int(u) for u in follower.new[~alive | stuck])
     return Verdict(None, folds, (*said, *made_up.lines), dead, made_up)
 
 
@@ -250,3 +251,10 @@ def _alive(follower: Follower, arrival: Arrival) -> np.ndarray:
     columns = follower.slices(arrival.weight)[torch.from_numpy(follower.new)]
     read = (columns != 0).any(1).numpy()
     return ~content.zero() | (read & (content.slope != 0))
+
+
+def _stuck(arrival: Arrival) -> np.ndarray:
+    """Return which new units are zero in both factors of a product, so that neither ever moves."""
+    if arrival.other is None or arrival.weight is not None:
+        return np.zeros(len(arrival.content.units), dtype=bool)
+    return arrival.content.zero() & arrival.other.zero()

@@ -38,10 +38,15 @@ class ZeroOutgoing:
     and negated where their sum is negative, so that a ReLU behind them is seldom off for good;
     biases and norms get the mean over the old units. Any activation, both modes.
 
+    Where new units are multiplied with new ones that the same parameter writes (packed queries and
+    keys), `factor` says which rows are zero so that the product is: a path, and which part of how
+    many that the parameter's rows of a unit are cut into.
+
     Source: Gesmundo & Maile (2023), Composable function-preserving expansions.
     """
 
     seed: int = 0
+    factor: tuple[str, int, int] | None = None
 
     def fill(self, resized: Resized, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the changed tensors, outgoing weights zero."""
@@ -49,6 +54,8 @@ class ZeroOutgoing:
         fill.carriers()
         fill.producers()
         fill.consumers_zero()
+        if self.factor is not None:
+            fill.part_zero(*self.factor)
         return fill.tensors
 
 
@@ -311,6 +318,15 @@ class _Fill:
     def quiet(self) -> None:
         """Let the biases that are added to new units of a norm's output be zero."""
         self.zero(Follower(self.resized, {**self.state, **self.tensors}).run().silent())
+
+    def part_zero(self, path: str, part: int, parts: int) -> None:
+        """Make one of several equal parts of a parameter's new rows zero, and of their bias."""
+        rows = {at for at in self.axis.producers if at.path == path}
+        for at in rows | self._biases({Kind.CONTRACT}, (path,)):
+            new = self._read(at, self.resized.new)
+            cut = new.clone().reshape(len(new), parts, -1)
+            cut[:, part] = 0
+            self._write(at, self.resized.new, cut.reshape(new.shape))
 
     def twins(self, first: np.ndarray, second: np.ndarray) -> None:
         """Make the second units equal to the first, their outgoing weights the negatives."""

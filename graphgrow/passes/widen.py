@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from graphgrow.errors import NotApplicable
-from graphgrow.ir.analyse import Axis
+from graphgrow.ir.analyse import Analysis, Axis
 from graphgrow.ir.graph import Graph
 from graphgrow.passes.factors import listed
 from graphgrow.passes.follow import Follower, is_averaged
@@ -18,6 +18,9 @@ from graphgrow.passes.resize import resize
 from graphgrow.passes.rewrite import Edit, TensorOrigin, free_axes, refusal
 from graphgrow.passes.units import Resized, gather, inserted, is_new, times
 from graphgrow.passes.weights import Copy, MeanFill, Pairs, Scheme, ZeroIncoming, ZeroOutgoing
+
+# packed projections have two parts (keys and values, gates) or three; heads are more
+MOST_PARTS = 4
 
 
 @dataclass(frozen=True)
@@ -52,8 +55,7 @@ class Widen:
         axis = self._checked(graph)
         change = Resized(graph.analysis, axis.name, inserted(axis.width, self.units, self.at))
         refusals: list[str] = []
-        mixes = is_averaged(graph.analysis, axis.name)
-        for scheme in self._schemes(axis, mixes):
+        for scheme in self._schemes(axis, graph.analysis):
             try:
                 tensors, verdict = _filled(scheme, change, graph.state)
                 if verdict.reason is None and not verdict.dead:
@@ -64,15 +66,18 @@ class Widen:
             refusals.append(_refusal(axis, self.units, verdict, scheme))
         raise NotApplicable(refusals[0])
 
-    def _schemes(self, axis: Axis, mixes: bool) -> tuple[Scheme, ...]:
+    def _schemes(self, axis: Axis, analysis: Analysis) -> tuple[Scheme, ...]:
         if self.weights is not None:
             return (self.weights,)
-        if mixes:
-            return (MeanFill(), ZeroIncoming(), Copy())
+        if any(axis.name in step.mixed for step in analysis.steps):
+            return (MeanFill(), Copy())
+        if is_averaged(analysis, axis.name):
+            return (ZeroIncoming(), MeanFill(), Copy())
         even = (Pairs(),) if self.units % 2 == 0 else ()
         alone = (ZeroIncoming(paths=(at.path,)) for at in axis.producers[1:] + axis.producers[:1])
         factors = tuple(alone) if len(axis.producers) > 1 else ()
-        return (ZeroOutgoing(), ZeroIncoming(), *factors, *even, Copy())
+        parts = (ZeroOutgoing(factor=factor) for factor in _factors(axis, analysis))
+        return (ZeroOutgoing(), ZeroIncoming(), *factors, *parts, *even, Copy())
 
     def _checked(self, graph: Graph) -> Axis:
         axis = graph.axis(self.axis)
@@ -112,6 +117,18 @@ class Widen:
         lost = rounding(inexact, graph.state)
         proof = Proof(str(chosen), lines=verdict.lines, rounding=lost)
         return Edit(grown, proof, origin)
+
+
+def _factors(axis: Axis, analysis: Analysis) -> Iterator[tuple[str, int, int]]:
+    """Yield the parts of parameters whose rows of one unit are packed: queries, keys, values."""
+    for at in axis.producers:
+        terms = [t for t in analysis.state[at.path][at.dim].terms if axis.name in t]
+        lead = terms[0][0] if terms else axis.name
+        count = len(terms)
+        if count == 1 and isinstance(lead, str) and lead != axis.name:
+            count = analysis.axes[lead].width
+        for part in range(count if 1 < count <= MOST_PARTS else 0):
+            yield at.path, part, count
 
 
 def _filled(
