@@ -460,10 +460,11 @@ def test_random_states_are_untouched():
 
 @pytest.mark.parametrize("forward", [lambda m, x: x + 1, lambda m, x: x.item()])
 def test_torch_and_python_are_put_back(forward):
-    before = nn.Module.__call__, len, torch.autograd.Function.apply
+    before = nn.Module.__call__, len, torch.autograd.Function.apply, torch.jit.is_tracing
     with contextlib.suppress(UnsupportedOp):
         trace(Module(forward), rows())
-    assert before == (nn.Module.__call__, len, torch.autograd.Function.apply)
+    after = nn.Module.__call__, len, torch.autograd.Function.apply, torch.jit.is_tracing
+    assert before == after
     assert torch.backends.mha.get_fastpath_enabled()
 
 
@@ -477,6 +478,14 @@ def test_other_threads_are_not_recorded():
         return x * 2
 
     assert targets(check(Module(forward)).eval) == ["x", "mul", "output"]
+
+
+def test_code_that_asks_whether_it_is_traced_is_told_so():
+    def forward(m, x):
+        masked = torch.jit.is_tracing() or not bool((x > 0).all())
+        return m.a(x) * (x > 0) if masked else m.a(x)
+
+    assert "mul" in targets(check(Module(forward, a=nn.Linear(6, 6))).eval)
 
 
 def test_a_model_may_trace_another():

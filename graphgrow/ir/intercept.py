@@ -1,4 +1,8 @@
-"""Seeing what torch's function modes do not show: modules, len, autograd functions, C++ code."""
+"""Seeing what torch's function modes do not show: modules, len, autograd functions, C++ code.
+
+Code that asks torch whether it is being traced is told that it is, since what it then does is meant
+to hold for all inputs (transformers' masks do not look at their values then).
+"""
 
 from __future__ import annotations
 
@@ -44,7 +48,7 @@ def intercepted(listener: Listener) -> Iterator[None]:
 
     The patches are global, so the listener must tell its own thread from others.
     """
-    call, length = nn.Module.__call__, builtins.len
+    call, length, tracing = nn.Module.__call__, builtins.len, torch.jit.is_tracing
     apply = vars(torch.autograd.Function)["apply"]
 
     @functools.wraps(call)
@@ -61,13 +65,17 @@ def intercepted(listener: Listener) -> Iterator[None]:
             return value.size(0)
         return length(value)
 
+    def heard_question() -> bool:
+        return listener.listens() or tracing()
+
     try:
         nn.Module.__call__ = heard_call
         setattr(torch.autograd.Function, "apply", classmethod(heard_apply))  # noqa: B010
         builtins.len = heard_length
+        torch.jit.is_tracing = heard_question
         yield
     finally:
-        nn.Module.__call__, builtins.len = call, length
+        nn.Module.__call__, builtins.len, torch.jit.is_tracing = call, length, tracing
         setattr(torch.autograd.Function, "apply", apply)  # noqa: B010
 
 
