@@ -343,6 +343,14 @@ def selected(draw: st.DrawFn, name: str) -> Sample:
     return Sample(overload(name), (Entry(shape), dim, index))
 
 
+def listed(draw: st.DrawFn, name: str) -> Sample:
+    shape, dim = shape_and_dim(draw)
+    sizes = [draw(st.integers(1, n)) for n in shape]
+    sizes[dim] = draw(st.integers(1, 4))
+    index = Entry(tuple(sizes), "whole", shape[dim])
+    return Sample(overload(name), (Entry(shape), dim, index), resizable=True)
+
+
 def restrided(draw: st.DrawFn, name: str) -> Sample:
     shape = draw(shapes(1, 3))
     return Sample(overload(name), (Entry(shape), list(shape), list(torch.empty(shape).stride())))
@@ -670,6 +678,7 @@ SAMPLES: dict[Build, str] = {
     reordered: "flip roll",
     indexed: "index _unsafe_index",
     selected: "index_select",
+    listed: "gather",
     restrided: "as_strided",
     padded: "constant_pad_nd",
     pixels: "pixel_shuffle pixel_unshuffle",
@@ -1223,6 +1232,8 @@ SAID: tuple[tuple[torch._ops.OpOverload, tuple[Any, ...], str], ...] = (
     (aten.roll.default, (t(2, 3, 4), [1], [-1]), "a b c! -> a b c!"),
     (aten.index.Tensor, (t(2, 3, 4), [None, t(5, kind="whole")]), "a b! c, d! -> a e! c"),
     (aten.index_select.default, (t(2, 3), 1, t(4, kind="whole")), "a b!, c! -> a d!"),
+    (aten.gather.default, (t(2, 3), 1, t(2, 4, kind="whole")), "a b!, a c! -> a c!"),
+    (aten.gather.default, (t(2, 3), 1, t(1, 4, kind="whole")), "(a + b) c!, a d! -> a d!"),
     (aten.constant_pad_nd.default, (t(2, 3), [1, 0]), "a b -> a (c! + b)"),
     (aten.constant_pad_nd.default, (t(2, 3), [1, 0], 1.0), "a! b! -> a! (c! + b!)"),
     (aten.pixel_shuffle.default, (t(2, 12, 3, 5), 2), "a (b c! d!) e f -> a b (e c!) (f d!)"),

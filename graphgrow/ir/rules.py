@@ -398,6 +398,19 @@ def index_select(c: Call) -> Outcome:
     return Outcome([_replace(c.of(x), d, _free(c.outs[0].shape[d]))])
 
 
+def gather(c: Call) -> Outcome:
+    """Take listed positions of one dim, others at each place of the other dims."""
+    x, d, listed = c.args[0], c.args[1], c.args[2]
+    if x.dim() == 0:
+        return Outcome([[ONE]] if listed.dim() else [[]])
+    freeze(c.of(x)[d % x.dim()], "is indexed by a tensor")
+    freeze(c.of(listed)[d % x.dim()], "lists positions of another tensor")
+    for k, (parts, places) in enumerate(zip(c.of(x), c.of(listed), strict=True)):
+        if k != d % x.dim():
+            unify(layout.cut(parts, [listed.shape[k], x.shape[k] - listed.shape[k]])[0], places)
+    return Outcome([list(c.of(listed))])
+
+
 def pad(c: Call) -> Outcome:
     """Put constant positions before and after each padded dim."""
     x, amounts = c.args[0], list(c.args[1])
@@ -802,6 +815,7 @@ ROWS: dict[Any, Row] = _table(
     (Row(reorder, **MOVE), "flip roll"),
     (Row(index, **MOVE), "index _unsafe_index"),
     (Row(index_select, **MOVE), "index_select"),
+    (Row(gather, **MOVE), "gather"),
     (Row(pixel_shuffle, **MOVE), "pixel_shuffle"),
     (Row(pixel_unshuffle, **MOVE), "pixel_unshuffle"),
     (Row(channel_shuffle, **MOVE), "channel_shuffle native_channel_shuffle"),

@@ -1,0 +1,336 @@
+"""Models of four libraries, whole: what traces, which axes widen, why others can't, how exactly.
+
+    python benchmarks/zoo.py [PATTERN ...] [--cache FILE] [--table FILE] [--again]
+
+Runs each model whose name matches a pattern (`timm/*`, `*/resnet*`; left out, all) and is not in
+the cache yet, in a process of its own, with random weights, small inputs, in float64; then writes
+the table of all that is in the cache. `--again` runs what is in the cache once more, `--only-table`
+nothing. A run that was stopped goes on where it was. Needs torchvision, timm and transformers
+(requirements/zoo.txt); the largest models need some 20 GB.
+
+Of each model: every axis without an obstacle is widened by the smallest prime from 3 on that
+divides no width in it, all of them at once, and a sample of ALONE of them each alone; the new units
+are removed again; so are zero units put among the old ones; layers that are the identity are
+inserted at up to LAYERS places. Outputs are compared in train and in eval mode.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import contextlib
+import fnmatch
+import json
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+import architectures
+import vision
+
+import graphgrow as gg
+
+ALONE, LAYERS = 6, 5
+ANALYSIS_LIMIT, LIMIT = 60, 900  # seconds of CPU to trace and analyse, and of time for all
+
+Found = dict[str, Any]
+
+
+def main() -> None:
+    """Run what the cache lacks and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("patterns", nargs="*", default=["*"])
+    parser.add_argument("--cache", type=Path, default=Path("zoo.jsonl"))
+    parser.add_argument("--table", type=Path, default=Path("docs/zoo.md"))
+    parser.add_argument("--again", action="store_true")
+    parser.add_argument("--only-table", action="store_true")
+    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        print(json.dumps(one(options.patterns[0])))
+        return
+    with vision.silenced():
+        names = list(architectures.architectures())
+    cached = read(options.cache)
+    for name in () if options.only_table else names:
+        if any(fnmatch.fnmatch(name, p) for p in options.patterns):
+            if options.again or name not in cached:
+                found = in_a_process(name)
+                print(line(found, {}), flush=True)
+                with options.cache.open("a") as file:
+                    file.write(json.dumps(found) + "\n")
+    cached = read(options.cache)
+    options.table.write_text(table([cached[name] for name in names if name in cached], len(names)))
+
+
+def read(cache: Path) -> dict[str, Found]:
+    """Return the last result for each model."""
+    lines = cache.read_text().splitlines() if cache.exists() else []
+    return {found["name"]: found for found in map(json.loads, lines)}
+
+
+# --------------------------------------------------------------------------- one model
+
+
+def in_a_process(name: str) -> Found:
+    """Return what `one` finds, or how its process ended."""
+    command = [sys.executable, __file__, "--one", name]
+    start = time.monotonic()
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT)
+    except subprocess.TimeoutExpired:
+        return {"name": name, "failed": f"not done after {LIMIT} s", "total": LIMIT}
+    if done.returncode == 0:
+        return json.loads(done.stdout.splitlines()[-1])
+    last = (done.stderr.strip() or f"ended with {done.returncode}").splitlines()[-1]
+    return {"name": name, "failed": last, "total": time.monotonic() - start}
+
+
+class Overtime(BaseException):
+    """Tracing and analysis took longer than they may."""
+
+
+@contextlib.contextmanager
+def limited(seconds: float) -> Iterator[None]:
+    """Raise Overtime when the block has used that many seconds of CPU."""
+
+    def stop(*_: Any) -> None:
+        raise Overtime
+
+    signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+
+
+def one(name: str) -> Found:
+    """Return what is found on one model; `refused` or `failed` says why there is no more."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    start = time.process_time()
+    with vision.silenced():
+        model, inputs = architectures.architectures()[name]()
+        found: Found = {"name": name, "parameters": sum(p.numel() for p in model.parameters())}
+        began = time.process_time()
+        try:
+            with limited(ANALYSIS_LIMIT):
+                graph = gg.trace(model, **inputs)
+                found |= axes(graph)
+        except gg.UnsupportedOp as error:
+            return found | {"refused": str(error)}
+        except Overtime:
+            return found | {"failed": f"not analysed after {ANALYSIS_LIMIT} s"}
+        found["seconds"] = time.process_time() - began
+        found |= widened(graph, inputs)
+        found |= deepened(graph, inputs)
+    found["total"] = time.process_time() - start
+    found["gigabytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return found
+
+
+def axes(graph: gg.Graph) -> Found:
+    """Return the number of axes, and how often each obstacle and unknown operator came."""
+    said = [axis.obstacle for axis in graph.axes.values() if axis.obstacle]
+    return {
+        "structures": 1 if graph.train is graph.eval else 2,
+        "axes": len(graph.axes),
+        "obstacles": counted(sentence.split("units): it ", 1)[1] for sentence in said),
+        "unknown": dict(graph.analysis.unknown),
+    }
+
+
+def counted(sentences: Iterable[str]) -> dict[str, int]:
+    """Return how often each sentence comes, apart from the names and sizes in it."""
+    plain = (re.sub(r"(?<!operator) '[^']*'", "", sentence) for sentence in sentences)
+    return dict(collections.Counter(re.sub(r"\d[\d, ]*\d", "N", sentence) for sentence in plain))
+
+
+def widened(graph: gg.Graph, inputs: architectures.Inputs) -> Found:
+    """Return what widening did, at once and alone, and removing after it."""
+    units = odd_number(graph)
+    free = [axis.name for axis in graph.axes.values() if axis.obstacle is None]
+    said = {name: gg.Widen(name, units).obstacle(graph) for name in free}
+    fits = [name for name in free if said[name] is None]
+    refused = counted(sentence.split(": ", 1)[1] for sentence in said.values() if sentence)
+    found: Found = {"units": units, "widened": len(fits), "refused_axes": refused}
+    together, back = grown_and_back(graph, fits, units, None)
+    found["together"] = gg.compare(graph, together, **inputs).relative if fits else 0.0
+    found["back"] = back
+    found["alone"] = found["zeros"] = 0
+    found["alone_difference"] = 0.0
+    for name in fits[:: -(-len(fits) // ALONE)] if fits else ():
+        alone, back = grown_and_back(graph, [name], units, None)
+        difference = gg.compare(graph, alone, **inputs).relative
+        found["alone"] += 1
+        found["alone_difference"] = max(found["alone_difference"], difference)
+        found["back"] = max(found["back"], back)
+        zero = gg.ZeroIncoming()
+        if gg.Widen(name, units, 0, zero).obstacle(graph) is None:
+            found["zeros"] += 1
+            found["back"] = max(found["back"], grown_and_back(graph, [name], units, zero)[1])
+    return found
+
+
+def odd_number(graph: gg.Graph) -> int:
+    """Return the smallest prime from 3 on that divides no width."""
+    widths = [axis.width for axis in graph.axes.values()]
+    return next(p for p in (3, 5, 7, 11, 13, 17, 19, 23) if all(w % p for w in widths))
+
+
+def grown_and_back(
+    graph: gg.Graph, names: list[str], units: int, weights: Any
+) -> tuple[gg.Graph, float]:
+    """Return the graph with new units, and by how much it is another when they are removed.
+
+    Units of `weights` are put before the old ones, others after them.
+    """
+    at = None if weights is None else 0
+    grown = gg.apply(graph, *(gg.Widen(n, units, at, weights) for n in names), verify=False).graph
+    removals = []
+    for name in reversed(names):
+        first = graph.axes[name].width if at is None else 0
+        removals.append(gg.Remove(name, tuple(range(first, first + units))))
+    after = gg.apply(grown, *removals, verify=False).graph
+    return grown, max((gap(t, after.state[p]) for p, t in graph.state.items()), default=0.0)
+
+
+def gap(before: Tensor, after: Tensor) -> float:
+    """Return the largest difference of two tensors, relative to the largest entry."""
+    if before is after or torch.equal(before, after):
+        return 0.0
+    return ((before - after).abs().max() / before.abs().max()).item()
+
+
+def deepened(graph: gg.Graph, inputs: architectures.Inputs) -> Found:
+    """Return how many layers were inserted, and what that changed."""
+    places = gg.Deepen.places(graph)
+    turns = [places[i :: max(len(places) // LAYERS, 1)] for i in range(len(places))]
+    chosen: list[gg.Deepen] = []
+    for place in dict.fromkeys(place for turn in turns for place in turn):
+        if len(chosen) < LAYERS and gg.Deepen(place).obstacle(graph) is None:
+            chosen.append(gg.Deepen(place))
+    deeper = gg.apply(graph, *chosen, verify=False)
+    difference = gg.compare(graph, deeper.graph, **inputs).relative if chosen else 0.0
+    return {"layers": len(chosen), "deeper": difference, "deeper_bound": deeper.proof.rounding}
+
+
+# --------------------------------------------------------------------------- the table
+
+HEAD = """# The zoo
+
+`{command}`: {count} of {of} models, torch {torch}, random weights, float64, one thread, {minutes:.0f}
+minutes in all. Every axis without an obstacle is widened by a prime that divides no width in the
+model: all at once, and up to {alone} of them each alone; the new units, and zero units put among the
+old, are removed again; identity layers are inserted at up to {layers} places.
+
+{sums}
+
+*widened*: axes, of all; *alone*: of these, each by itself; *zeros*: zero units put in and removed;
+*back*: by how much the tensors differ after removing, 0 is bit for bit; *layers*: inserted;
+*difference*: of the outputs, the largest of all, relative, in train and eval mode, except for what
+inserted layers cost (*deeper*; their factors are inverted, and the proof bounds that); *seconds*: of
+CPU, to trace and analyse; *others*: the numbers of the sentences about the other axes.
+
+## Why axes do not widen
+
+| | axes | models | sentence |
+|---|---|---|---|
+{sentences}
+
+## Models
+
+| model | widened | alone | zeros | back | layers | difference | deeper | seconds | others |
+|---|---|---|---|---|---|---|---|---|---|
+{lines}
+"""
+
+
+def table(results: list[Found], of: int) -> str:
+    """Return the page: sums, sentences by how many axes they cost, a line for each model."""
+    counts: collections.Counter[str] = collections.Counter()
+    models: collections.Counter[str] = collections.Counter()
+    for found in results:
+        counts.update(others(found))
+        models.update(others(found).keys())
+    numbers = {sentence: i for i, (sentence, _) in enumerate(counts.most_common(), 1)}
+    return HEAD.format(
+        command="python benchmarks/zoo.py",
+        count=len(results),
+        of=of,
+        torch=torch.__version__,
+        minutes=sum(found["total"] for found in results) / 60,
+        alone=ALONE,
+        layers=LAYERS,
+        sums=sums(results),
+        sentences="\n".join(f"| {i} | {counts[s]} | {models[s]} | {s} |" for s, i in numbers.items()),
+        lines="\n".join(line(found, numbers) for found in results),
+    )
+
+
+def others(found: Found) -> collections.Counter[str]:
+    """Return how often each sentence comes about the axes of a model that do not widen."""
+    counts = collections.Counter(found.get("obstacles", {}))
+    counts.update(found.get("refused_axes", {}))
+    return counts
+
+
+def sums(results: list[Found]) -> str:
+    """Return the rows of sums, by library and of all."""
+    rows = ["| library | models | trace | axes | widened | of the possible | largest difference |"]
+    rows += ["|---|---|---|---|---|---|---|"]
+    libraries = dict.fromkeys(found["name"].partition("/")[0] for found in results)
+    for library in (*libraries, "all"):
+        here = [f for f in results if library in ("all", f["name"].partition("/")[0])]
+        done = [found for found in here if "total" in found and "axes" in found]
+        axes_, wide = (sum(found.get(key, 0) for found in here) for key in ("axes", "widened"))
+        never = sum(n for f in here for s, n in others(f).items() if s.startswith(NEVER))
+        worst = max((difference(found) for found in done), default=0.0)
+        share = 100 * wide / max(axes_ - never, 1)
+        rows.append(
+            f"| {library} | {len(here)} | {len([f for f in here if 'axes' in f])} | {axes_} | {wide} "
+            f"| {share:.1f} % of {axes_ - never} | {worst:.0e} |"
+        )
+    return "\n".join(rows)
+
+
+# What no function-preserving growth by any number of units can change.
+NEVER = (
+    "is fixed by dim",
+    "is dim",
+    "is written by no parameter",
+)
+
+
+def difference(found: Found) -> float:
+    """Return the largest relative difference of the outputs after widening."""
+    return max(found.get("together", 0.0), found.get("alone_difference", 0.0))
+
+
+def line(found: Found, numbers: dict[str, int]) -> str:
+    """Return one row of the table."""
+    failed = found.get("refused") or found.get("failed")
+    if "axes" not in found or failed:
+        return f"| {found['name']} | {failed} |"
+    said = ", ".join(f"{n} × {numbers.get(s, '?')}" for s, n in others(found).most_common())
+    return (
+        f"| {found['name']} | {found['widened']} of {found['axes']} | {found['alone']} "
+        f"| {found['zeros']} | {found['back']:.0e} | {found['layers']} | {difference(found):.0e} "
+        f"| {found['deeper']:.0e} | {found['seconds']:.1f} | {said} |"
+    )
+
+
+if __name__ == "__main__":
+    main()

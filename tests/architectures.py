@@ -1,0 +1,265 @@
+"""Models of timm and of Hugging Face's transformers, built small, and inputs for them."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import vision
+from torch import Tensor, nn
+
+Inputs = Mapping[str, Any]
+
+# --------------------------------------------------------------------------- torch
+
+TORCH = ("transformer", "transformer_norm_first")
+
+
+def torch_model(name: str) -> tuple[nn.Module, Inputs]:
+    """Return torch's own transformer with random weights, and two pairs of sequences."""
+    first = name.endswith("norm_first")
+    model = nn.Transformer(32, 4, 2, 2, 56, batch_first=True, norm_first=first).double()
+    source, target = (torch.randn(2, length, 32, dtype=torch.double) for length in (10, 7))
+    return model, {"src": source, "tgt": target}
+
+
+# --------------------------------------------------------------------------- transformers
+
+TEXT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 99}
+FEED = TEXT | {"intermediate_size": 56, "max_position_embeddings": 40}
+GROUPED = FEED | {"num_key_value_heads": 2}
+OPEN = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "use_cache": False}
+IMAGE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_labels": 10}
+PATCHES = IMAGE | {"image_size": 64, "patch_size": 16, "intermediate_size": 56}
+STAGES = {"depths": [2, 2], "num_labels": 10, "image_size": 64}
+PAIR = {
+    "vocab_size": 99,
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 56,
+    "decoder_ffn_dim": 56,
+    "decoder_start_token_id": 1,
+}
+
+# A class, what its configuration says, and what it reads.
+HUGGING_FACE: dict[str, tuple[str, dict[str, Any], str]] = {
+    "albert": ("AlbertForSequenceClassification", FEED | {"embedding_size": 16}, "ids"),
+    "bart": ("BartForConditionalGeneration", PAIR | OPEN, "pair"),
+    "beit": ("BeitForImageClassification", PATCHES, "image"),
+    "bert": ("BertForSequenceClassification", FEED, "ids"),
+    "bloom": ("BloomForCausalLM", {"hidden_size": 32, "n_layer": 2, "n_head": 4} | OPEN, "ids"),
+    "clip": ("CLIPModel", {}, "clip"),
+    "convnextv2": (
+        "ConvNextV2ForImageClassification",
+        STAGES | {"hidden_sizes": [16, 24], "num_stages": 2},
+        "image",
+    ),
+    "deberta-v2": ("DebertaV2ForSequenceClassification", FEED, "ids"),
+    "deit": ("DeiTForImageClassification", PATCHES, "image"),
+    "dinov2": (
+        "Dinov2ForImageClassification",
+        IMAGE | {"image_size": 64, "patch_size": 16},
+        "image",
+    ),
+    "distilbert": (
+        "DistilBertForSequenceClassification",
+        {"dim": 32, "hidden_dim": 56, "n_layers": 2, "n_heads": 4, "vocab_size": 99},
+        "ids",
+    ),
+    "electra": ("ElectraForSequenceClassification", FEED | {"embedding_size": 16}, "ids"),
+    "falcon": ("FalconForCausalLM", TEXT | OPEN, "ids"),
+    "gemma": ("GemmaForCausalLM", GROUPED | OPEN | {"head_dim": 8}, "ids"),
+    "gemma2": ("Gemma2ForCausalLM", GROUPED | OPEN | {"head_dim": 8}, "ids"),
+    "gpt-neox": ("GPTNeoXForCausalLM", FEED | OPEN, "ids"),
+    "gpt2": (
+        "GPT2LMHeadModel",
+        {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 40, "vocab_size": 99} | OPEN,
+        "ids",
+    ),
+    "llama": ("LlamaForCausalLM", GROUPED | OPEN, "ids"),
+    "mamba": ("MambaForCausalLM", TEXT | OPEN | {"state_size": 5}, "ids"),
+    "mistral": ("MistralForCausalLM", GROUPED | OPEN, "ids"),
+    "mixtral": ("MixtralForCausalLM", GROUPED | OPEN | {"num_local_experts": 3}, "ids"),
+    "mpnet": ("MPNetForSequenceClassification", FEED, "ids"),
+    "olmo": ("OlmoForCausalLM", GROUPED | OPEN, "ids"),
+    "opt": (
+        "OPTForCausalLM",
+        TEXT | OPEN | {"ffn_dim": 56, "max_position_embeddings": 40, "word_embed_proj_dim": 32},
+        "ids",
+    ),
+    "phi": ("PhiForCausalLM", FEED | OPEN, "ids"),
+    "qwen2": ("Qwen2ForCausalLM", GROUPED | OPEN, "ids"),
+    "qwen3": ("Qwen3ForCausalLM", GROUPED | OPEN | {"head_dim": 8}, "ids"),
+    "resnet": (
+        "ResNetForImageClassification",
+        {"hidden_sizes": [16, 24], "depths": [2, 2], "embedding_size": 8, "num_labels": 10},
+        "image",
+    ),
+    "roberta": ("RobertaForSequenceClassification", FEED, "ids"),
+    "segformer": ("SegformerForImageClassification", {"num_labels": 10}, "image"),
+    "siglip": ("SiglipForImageClassification", {}, "siglip"),
+    "swin": (
+        "SwinForImageClassification",
+        STAGES | {"embed_dim": 16, "num_heads": [2, 4], "window_size": 4},
+        "image",
+    ),
+    "t5": (
+        "T5ForConditionalGeneration",
+        {"d_model": 32, "d_kv": 8, "d_ff": 56, "num_layers": 2, "num_heads": 4, "vocab_size": 99}
+        | {"decoder_start_token_id": 0, "use_cache": False},
+        "pair",
+    ),
+    "vit": ("ViTForImageClassification", PATCHES, "image"),
+    "wav2vec2": (
+        "Wav2Vec2ForSequenceClassification",
+        FEED
+        | {"conv_dim": (16, 16), "conv_kernel": (10, 3), "conv_stride": (5, 2)}
+        | {"num_feat_extract_layers": 2, "num_conv_pos_embeddings": 16, "apply_spec_augment": False}
+        | {"num_conv_pos_embedding_groups": 4, "num_labels": 10},
+        "sound",
+    ),
+    "whisper": (
+        "WhisperForConditionalGeneration",
+        PAIR | OPEN | {"num_mel_bins": 16, "max_source_positions": 30, "max_target_positions": 40},
+        "spectrum",
+    ),
+}
+
+
+def hugging_face(name: str) -> tuple[nn.Module, Inputs]:
+    """Return the model `name` of `HUGGING_FACE` with random weights, and inputs for it."""
+    transformers = importlib.import_module("transformers")
+    kind, stated, reads = HUGGING_FACE[name]
+    config = getattr(transformers, kind).config_class(**stated, **_towers(reads))
+    return getattr(transformers, kind)(config).double(), _READS[reads]()
+
+
+def _towers(reads: str) -> dict[str, Any]:
+    """Return what the configuration of a model of two towers says of each."""
+    text = {k: v for k, v in FEED.items() if k != "vocab_size"}
+    image = {k: v for k, v in PATCHES.items() if k != "num_labels"}
+    ends = {"vocab_size": 99, "bos_token_id": 1, "eos_token_id": 2}
+    if reads == "clip":
+        return {"text_config": text | ends, "vision_config": image, "projection_dim": 24}
+    return {"vision_config": image, "num_labels": 10} if reads == "siglip" else {}
+
+
+def _ids(length: int = 10) -> Tensor:
+    """Return token ids of two texts, without those that mark padding."""
+    return torch.randint(3, 99, (2, length))
+
+
+def _image() -> Tensor:
+    return torch.randn(2, 3, 64, 64, dtype=torch.double)
+
+
+_READS: dict[str, Callable[[], Inputs]] = {
+    "ids": lambda: {"input_ids": _ids()},
+    "pair": lambda: {"input_ids": _ids(), "decoder_input_ids": _ids(7)},
+    "image": lambda: {"pixel_values": _image()},
+    "siglip": lambda: {"pixel_values": _image()},
+    "clip": lambda: {"input_ids": _ids(), "pixel_values": _image()},
+    "sound": lambda: {"input_values": torch.randn(2, 400, dtype=torch.double)},
+    "spectrum": lambda: {
+        "input_features": torch.randn(2, 16, 60, dtype=torch.double),
+        "decoder_input_ids": _ids(7),
+    },
+}
+
+# --------------------------------------------------------------------------- timm
+
+# The smallest variant of each family, of up to 160 million parameters; a family is a file of timm
+# and the first word of a name.
+TIMM = tuple(
+    """
+    bat_resnext26ts beit3_base_patch16_224 beit_base_patch16_224 beitv2_base_patch16_224
+    botnet26t_256 caformer_s18 cait_xxs24_224 coat_tiny coatnet_pico_rw_224 coatnext_nano_rw_224
+    convformer_s18 convit_tiny convmixer_768_32 convnext_zepto_rms convnextv2_atto cpubone_nano
+    crossvit_tiny_240 cs3darknet_focus_s csatv2 cspdarknet53 cspnext_tiny cspresnet50
+    cspresnext50 darknet17 darknetaa53 davit_tiny deit_tiny_patch16_224 densenet121
+    densenetblur121d dla46x_c dm_nfnet_f0 dpn48b eca_botnext26ts_256 eca_nfnet_l0
+    eca_resnext26ts eca_vovnet39b ecaresnet26t ecaresnetlight ecaresnext26t_32x4d
+    edgenext_xx_small efficientformer_l1 efficientformerv2_s0 efficientnet_b0
+    efficientnetv2_rw_t efficientvim_m1 efficientvit_b0 efficientvit_m0 ese_vovnet19b_slim_dw
+    eva02_tiny_patch14_224 fasternet_t0 fastvit_t8 fbnetc_100 fbnetv3_b flexivit_small
+    focalnet_tiny_srf gc_efficientnetv2_rw_t gcresnet33ts gcresnext26ts gcvit_xxtiny gernet_s
+    ghostnet_050 ghostnetv3_050 gmixer_12_224 gmlp_ti16_224 halo2botnet50ts_256 halonet_h1
+    haloregnetz_b hardcorenas_b hgnet_tiny hgnetv2_b0 hiera_tiny_224 hieradet_small
+    hrnet_w18_small iformer_t inception_next_atto inception_resnet_v2 inception_v3 inception_v4
+    lambda_resnet26t lamhalobotnet50ts_256 lcnet_035 lcnetv2_small legacy_seresnet18
+    legacy_xception levit_128s lowformer_b0 mambaout_femto maxvit_pico_rw_256
+    maxxvit_rmlp_nano_rw_256 maxxvitv2_nano_rw_256 mixer_s16_224 mixnet_s mnasnet_small
+    mobilenet_edgetpu_100 mobilenetv2_035 mobilenetv3_small_050 mobileone_s1 mobilevit_xxs
+    mobilevitv2_050 mvitv2_tiny naflexvit_base_patch16_parfac_gap nasnetalarge nest_tiny
+    nextvit_small nf_regnet_b0 nfnet_l0 pit_ti_224 pnasnet5large poolformer_s12 poolformerv2_s12
+    pvt_v2_b0 qwen3_vit_88m rdnet_tiny regnetv_040 regnetx_002 regnety_002 regnetz_005
+    regnetz_b16 repghostnet_050 repvgg_a0 repvit_m1 res2next50 resmlp_12_224 resnest14d
+    resnet10t resnet32ts resnetaa34d resnetblur18 resnetrs50 resnetv2_18 resnext26ts
+    resnext50_32x4d rexnet_100 rexnetr_100 sam2_hiera_tiny samvit_base_patch16_224
+    sebotnet33ts_256 sedarknet21 sehalonet33ts selecsls42 semnasnet_050 senet154 sequencer2d_s
+    seresnet18 seresnet33ts seresnetaa50d seresnext26t_32x4d seresnext26ts seresnextaa201d_32x8d
+    shvit_s1 skresnet18 skresnext50_32x4d spnasnet_100 starnet_s050 swiftformer_xs
+    swin_tiny_patch4_window7_224 swinv2_cr_tiny_224 swinv2_tiny_window16_256
+    tf_efficientnet_lite0 tf_mobilenetv3_small_075 tiny_vit_5m_224 tinynet_e
+    tnt_s_legacy_patch16_224 tresnet_m twins_svt_small vgg11 visformer_tiny
+    vit_srelpos_small_patch16_224 vit_tiny_patch16_224 vit_tiny_patch16_dinov3_qkvb
+    vit_tiny_r_s16_p8_224 vitamin_small_224 volo_d1_224 vovnet39a wide_resnet50_2 xception41p
+    xcit_nano_12_p8_224
+    """.split()
+)
+
+
+def timm_model(name: str) -> tuple[nn.Module, Inputs]:
+    """Return timm's model `name` with random weights and 10 classes, and images for it.
+
+    The images are of the first of a few sizes at which it runs in both modes.
+    """
+    vision.torchvision()
+    timm = importlib.import_module("timm")
+    own = timm.models.get_pretrained_cfg(name, allow_unregistered=True).input_size
+    for size in (64, 96, 128, 192, 224, own[-1]):
+        for arguments in ({}, {"img_size": size}):
+            try:
+                model = timm.create_model(name, num_classes=10, **arguments).double()
+                images = torch.randn(2, own[0], size, size, dtype=torch.double)
+                with torch.no_grad():
+                    model.eval()(images)
+                    model.train()(images)
+            except Exception as error:  # whatever the model's code says of a size it does not fit
+                last = error
+                continue
+            return model, {_first_argument(model): images}
+    raise RuntimeError(f"'{name}' runs at no size that was tried: {last}") from last
+
+
+def _first_argument(model: nn.Module) -> str:
+    return next(iter(inspect.signature(model.forward).parameters))
+
+
+# --------------------------------------------------------------------------- all
+
+
+def architectures() -> dict[str, Callable[[], tuple[nn.Module, Inputs]]]:
+    """Return how to build each model in float64, with inputs for it, by library and name."""
+    found: dict[str, Callable[[], tuple[nn.Module, Inputs]]] = {}
+    for name in TORCH:
+        found[f"torch/{name}"] = functools.partial(torch_model, name)
+    for name in HUGGING_FACE:
+        found[f"transformers/{name}"] = functools.partial(hugging_face, name)
+    for name in TIMM:
+        found[f"timm/{name}"] = functools.partial(timm_model, name)
+    for name, build, size in vision.zoo():
+        found[f"torchvision/{name}"] = functools.partial(_torchvision, build, size)
+    return found
+
+
+def _torchvision(build: vision.Build, size: int) -> tuple[nn.Module, Inputs]:
+    model = build().double()
+    return model, {_first_argument(model): torch.randn(2, 3, size, size, dtype=torch.double)}
