@@ -20,19 +20,22 @@ import argparse
 import collections
 import contextlib
 import fnmatch
+import importlib
 import json
+import multiprocessing
 import re
 import resource
 import signal
-import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Iterable, Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
@@ -49,27 +52,27 @@ Found = dict[str, Any]
 
 def main() -> None:
     """Run what the cache lacks and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("patterns", nargs="*", default=["*"])
     parser.add_argument("--cache", type=Path, default=Path("zoo.jsonl"))
     parser.add_argument("--table", type=Path, default=Path("docs/zoo.md"))
     parser.add_argument("--again", action="store_true")
     parser.add_argument("--only-table", action="store_true")
-    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.one:
-        print(json.dumps(one(options.patterns[0])))
-        return
     with vision.silenced():
         names = list(architectures.architectures())
+        for library in ("timm", "transformers"):  # once, not in each process
+            importlib.import_module(library)
     cached = read(options.cache)
     for name in () if options.only_table else names:
-        if any(fnmatch.fnmatch(name, p) for p in options.patterns):
-            if options.again or name not in cached:
-                found = in_a_process(name)
-                print(line(found, {}), flush=True)
-                with options.cache.open("a") as file:
-                    file.write(json.dumps(found) + "\n")
+        asked = any(fnmatch.fnmatch(name, pattern) for pattern in options.patterns)
+        if asked and (options.again or name not in cached):
+            found = in_a_process(name)
+            print(line(found, {}), flush=True)
+            with options.cache.open("a") as file:
+                file.write(json.dumps(found) + "\n")
     cached = read(options.cache)
     options.table.write_text(table([cached[name] for name in names if name in cached], len(names)))
 
@@ -84,17 +87,31 @@ def read(cache: Path) -> dict[str, Found]:
 
 
 def in_a_process(name: str) -> Found:
-    """Return what `one` finds, or how its process ended."""
-    command = [sys.executable, __file__, "--one", name]
+    """Return what `one` finds in a process of its own, or how that ended."""
+    end, given = multiprocessing.Pipe(duplex=False)
+    process = multiprocessing.get_context("fork").Process(target=_send, args=(given, name))
     start = time.monotonic()
+    process.start()
+    given.close()
+    found: Found = {"name": name, "failed": f"not done after {LIMIT} s"}
+    if end.poll(LIMIT):
+        try:
+            found = end.recv()
+        except EOFError:
+            process.join()
+            found = {"name": name, "failed": f"its process ended with {process.exitcode}"}
+    process.kill()
+    process.join()
+    return {"total": time.monotonic() - start, **found}
+
+
+def _send(given: Connection, name: str) -> None:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT)
-    except subprocess.TimeoutExpired:
-        return {"name": name, "failed": f"not done after {LIMIT} s", "total": LIMIT}
-    if done.returncode == 0:
-        return json.loads(done.stdout.splitlines()[-1])
-    last = (done.stderr.strip() or f"ended with {done.returncode}").splitlines()[-1]
-    return {"name": name, "failed": last, "total": time.monotonic() - start}
+        given.send(one(name))
+    except Exception as error:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        place = f"{Path(where.filename).name}:{where.lineno}"
+        given.send({"name": name, "failed": f"{type(error).__name__} at {place}: {error}"})
 
 
 class Overtime(BaseException):
@@ -134,7 +151,7 @@ def one(name: str) -> Found:
         except Overtime:
             return found | {"failed": f"not analysed after {ANALYSIS_LIMIT} s"}
         found["seconds"] = time.process_time() - began
-        found |= widened(graph, inputs)
+        found |= widened(model, graph, inputs)
         found |= deepened(graph, inputs)
     found["total"] = time.process_time() - start
     found["gigabytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
@@ -158,7 +175,7 @@ def counted(sentences: Iterable[str]) -> dict[str, int]:
     return dict(collections.Counter(re.sub(r"\d[\d, ]*\d", "N", sentence) for sentence in plain))
 
 
-def widened(graph: gg.Graph, inputs: architectures.Inputs) -> Found:
+def widened(model: nn.Module, graph: gg.Graph, inputs: architectures.Inputs) -> Found:
     """Return what widening did, at once and alone, and removing after it."""
     units = odd_number(graph)
     free = [axis.name for axis in graph.axes.values() if axis.obstacle is None]
@@ -167,7 +184,7 @@ def widened(graph: gg.Graph, inputs: architectures.Inputs) -> Found:
     refused = counted(sentence.split(": ", 1)[1] for sentence in said.values() if sentence)
     found: Found = {"units": units, "widened": len(fits), "refused_axes": refused}
     together, back = grown_and_back(graph, fits, units, None)
-    found["together"] = gg.compare(graph, together, **inputs).relative if fits else 0.0
+    found["together"] = gg.compare(model, together, **inputs).relative
     found["back"] = back
     found["alone"] = found["zeros"] = 0
     found["alone_difference"] = 0.0
@@ -231,18 +248,18 @@ def deepened(graph: gg.Graph, inputs: architectures.Inputs) -> Found:
 
 HEAD = """# The zoo
 
-`{command}`: {count} of {of} models, torch {torch}, random weights, float64, one thread, {minutes:.0f}
-minutes in all. Every axis without an obstacle is widened by a prime that divides no width in the
-model: all at once, and up to {alone} of them each alone; the new units, and zero units put among the
-old, are removed again; identity layers are inserted at up to {layers} places.
+`{command}`: {count} of {of} models, torch {torch}, random weights, float64, one thread,
+{minutes:.0f} minutes in all. Every axis without an obstacle is widened by a prime that divides no
+width in the model: all at once, and up to {alone} of them each alone; the new units, and zero units
+put among the old, are removed again; identity layers are inserted at up to {layers} places.
 
 {sums}
 
 *widened*: axes, of all; *alone*: of these, each by itself; *zeros*: zero units put in and removed;
 *back*: by how much the tensors differ after removing, 0 is bit for bit; *layers*: inserted;
 *difference*: of the outputs, the largest of all, relative, in train and eval mode, except for what
-inserted layers cost (*deeper*; their factors are inverted, and the proof bounds that); *seconds*: of
-CPU, to trace and analyse; *others*: the numbers of the sentences about the other axes.
+inserted layers cost (*deeper*; their factors are inverted, and the proof bounds that); *seconds*:
+of CPU, to trace and analyse; *others*: the numbers of the sentences about the other axes.
 
 ## Why axes do not widen
 
@@ -275,7 +292,9 @@ def table(results: list[Found], of: int) -> str:
         alone=ALONE,
         layers=LAYERS,
         sums=sums(results),
-        sentences="\n".join(f"| {i} | {counts[s]} | {models[s]} | {s} |" for s, i in numbers.items()),
+        sentences="\n".join(
+            f"| {i} | {counts[s]} | {models[s]} | {s} |" for s, i in numbers.items()
+        ),
         lines="\n".join(line(found, numbers) for found in results),
     )
 
@@ -299,8 +318,9 @@ def sums(results: list[Found]) -> str:
         never = sum(n for f in here for s, n in others(f).items() if s.startswith(NEVER))
         worst = max((difference(found) for found in done), default=0.0)
         share = 100 * wide / max(axes_ - never, 1)
+        traced = sum("axes" in found for found in here)
         rows.append(
-            f"| {library} | {len(here)} | {len([f for f in here if 'axes' in f])} | {axes_} | {wide} "
+            f"| {library} | {len(here)} | {traced} | {axes_} | {wide} "
             f"| {share:.1f} % of {axes_ - never} | {worst:.0e} |"
         )
     return "\n".join(rows)

@@ -86,7 +86,11 @@ HUGGING_FACE: dict[str, tuple[str, dict[str, Any], str]] = {
     "llama": ("LlamaForCausalLM", GROUPED | OPEN, "ids"),
     "mamba": ("MambaForCausalLM", TEXT | OPEN | {"state_size": 5}, "ids"),
     "mistral": ("MistralForCausalLM", GROUPED | OPEN, "ids"),
-    "mixtral": ("MixtralForCausalLM", GROUPED | OPEN | {"num_local_experts": 3}, "ids"),
+    "mixtral": (
+        "MixtralForCausalLM",
+        GROUPED | OPEN | {"num_local_experts": 3, "experts_implementation": "batched_mm"},
+        "ids",
+    ),
     "mpnet": ("MPNetForSequenceClassification", FEED, "ids"),
     "olmo": ("OlmoForCausalLM", GROUPED | OPEN, "ids"),
     "opt": (
@@ -122,7 +126,7 @@ HUGGING_FACE: dict[str, tuple[str, dict[str, Any], str]] = {
         FEED
         | {"conv_dim": (16, 16), "conv_kernel": (10, 3), "conv_stride": (5, 2)}
         | {"num_feat_extract_layers": 2, "num_conv_pos_embeddings": 16, "apply_spec_augment": False}
-        | {"num_conv_pos_embedding_groups": 4, "num_labels": 10},
+        | {"num_conv_pos_embedding_groups": 4, "num_labels": 10, "layerdrop": 0.0},
         "sound",
     ),
     "whisper": (
@@ -156,16 +160,20 @@ def _ids(length: int = 10) -> Tensor:
     return torch.randint(3, 99, (2, length))
 
 
+def _text() -> dict[str, Any]:
+    return {"input_ids": _ids(), "attention_mask": torch.ones(2, 10, dtype=torch.long)}
+
+
 def _image() -> Tensor:
     return torch.randn(2, 3, 64, 64, dtype=torch.double)
 
 
 _READS: dict[str, Callable[[], Inputs]] = {
-    "ids": lambda: {"input_ids": _ids()},
-    "pair": lambda: {"input_ids": _ids(), "decoder_input_ids": _ids(7)},
+    "ids": lambda: _text(),
+    "pair": lambda: _text() | {"decoder_input_ids": _ids(7)},
     "image": lambda: {"pixel_values": _image()},
     "siglip": lambda: {"pixel_values": _image()},
-    "clip": lambda: {"input_ids": _ids(), "pixel_values": _image()},
+    "clip": lambda: _text() | {"pixel_values": _image()},
     "sound": lambda: {"input_values": torch.randn(2, 400, dtype=torch.double)},
     "spectrum": lambda: {
         "input_features": torch.randn(2, 16, 60, dtype=torch.double),

@@ -1298,3 +1298,30 @@ class CrossAttention(nn.Module):
         k, v = map(h, self.kv(x).chunk(2, -1))
         a = torch.softmax(q @ k.mT * 4**-0.5, -1)
         return self.h(self.o((a @ v).transpose(1, 2).flatten(2)))
+
+
+@case((2, 5, 3), "q(4) v(6)")
+class ScaleFromSize(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q = nn.Linear(3, 4)
+        self.k = nn.Linear(3, 4)
+        self.v = nn.Linear(3, 6)
+        self.o = nn.Linear(6, 2)
+
+    def forward(self, x):
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        scale = torch.full((1,), k.size(-1), dtype=x.dtype).sqrt() + q.size(-1) ** 0.5
+        return self.o((q / scale @ k.transpose(1, 2)).softmax(-1) @ v)
+
+
+@case((2, 3), "", fixed={"a": "mixes the width with other sizes"})
+class NumberFromAllSizes(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(3, 4)
+        self.o = nn.Linear(4, 2)
+
+    def forward(self, x):
+        h = self.a(x)
+        return self.o(h / h.numel())

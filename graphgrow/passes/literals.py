@@ -92,14 +92,44 @@ class _Edits:
         """Return target and arguments of a call that must change, None for all others."""
         if node.op not in ("call_function", "call_method"):
             return None
+        as_it_is = _call(node)
         rule = _RULES.get(_called(node))
-        changed = rule(self, node) if rule is not None else None
+        changed = (rule(self, node) if rule is not None else None) or as_it_is
         factor = self.scaled.get((self.mode, node.name))
         if factor is not None:
-            changed = _with_number(self, changed or _call(node), factor)
-        if changed is None or changed == (node.target, tuple(node.args), dict(node.kwargs)):
-            return None
-        return changed
+            changed = _with_number(self, changed, factor)
+        if type(self.number_before(node)) not in (int, float):
+            changed = self._with_values_kept(node, changed)
+        return None if changed == as_it_is else changed
+
+    def _with_values_kept(self, node: fx.Node, call: Call) -> Call:
+        """Return a call in which sizes that are no sizes there, but numbers, stay what they were."""
+        target, args, named = call
+        first = _TAKE_SIZES.get(_called(node), 0)
+        if first is None:
+            return call
+        rest = fx.map_arg(tuple(args[first:]), self._value)
+        sizes = {name: named[name] for name in ("size", "shape") if first and name in named}
+        return target, (*args[:first], *rest), {**fx.map_arg(named, self._value), **sizes}
+
+    def _value(self, arg: fx.Node) -> Any:
+        """Return the number that `arg` was before the edit where it would be another one now."""
+        before = self.number_before(arg)
+        if type(before) not in (int, float) or before == self.number(arg):
+            return arg
+        if not self._is_of_axes(arg):
+            raise NotApplicable(
+                f"the number '{arg.name}' mixes the width with other sizes, and should not change"
+            )
+        return before
+
+    def _is_of_axes(self, node: fx.Node) -> bool:
+        """Return whether a number is computed from widths of axes and literals alone."""
+        if node.op == "call_method" and node.target in ("size", "numel"):
+            dims = self.dims(node.args[0]) or ()
+            asked = dims if node.target == "numel" else [dims[self.number(node.args[1])]]
+            return not any(_has_free_sizes(d) for d in asked)
+        return all(map(self._is_of_axes, node.all_input_nodes))
 
     def dims(self, node: Any, part: int | None = None) -> Sequence[Layout] | None:
         """Return the layouts of a node's tensor, None where it is not one tensor."""
@@ -375,6 +405,20 @@ def _with_number(edits: _Edits, call: Call, factor: float) -> Call:
     new = [edits.number_before(a) * factor if i in places else a for i, a in enumerate(args)]
     return target, tuple(new), named
 
+
+# Calls whose numbers are sizes or positions: all of them, or those before an argument.
+_TAKE_SIZES: dict[str, int | None] = {
+    **dict.fromkeys(
+        "__getitem__ __setitem__ arange as_strided broadcast_to channel_shuffle chunk conv1d conv2d "
+        "conv3d diagonal empty expand eye flatten getitem group_norm index_select interpolate "
+        "layer_norm linspace narrow new_empty new_ones new_zeros one_hot ones pad pixel_shuffle "
+        "rand randint randn randperm repeat repeat_interleave reshape rms_norm roll select split "
+        "split_with_sizes tensor_split tile topk tril tril_indices triu triu_indices unflatten "
+        "unfold view zeros".split()
+    ),
+    "full": 1,
+    "new_full": 2,
+}
 
 _RULES: dict[str, Callable[[_Edits, fx.Node], Call | None]] = {
     **dict.fromkeys(("view", "reshape", "expand", "broadcast_to"), _sizes(1)),
