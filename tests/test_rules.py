@@ -385,6 +385,12 @@ def shuffled(draw: st.DrawFn, name: str) -> Sample:
     return Sample(overload(name), (Entry((n, c * groups, h, w)), groups))
 
 
+def windowed(draw: st.DrawFn, name: str) -> Sample:
+    shape, dim = shape_and_dim(draw)
+    length, step = draw(st.integers(1, shape[dim])), draw(st.integers(1, 3))
+    return Sample(overload(name), (Entry(shape), dim, length, step))
+
+
 def patches(draw: st.DrawFn, name: str) -> Sample:
     n, c, *_ = draw(shapes(2))
     kernel, stride = draw(st.tuples(*[st.sampled_from([[1, 2], [2, 2], [3, 1], [1, 1]])] * 2))
@@ -684,6 +690,7 @@ SAMPLES: dict[Build, str] = {
     pixels: "pixel_shuffle pixel_unshuffle",
     shuffled: "channel_shuffle native_channel_shuffle",
     patches: "im2col",
+    windowed: "unfold",
     pooled: "_adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_avg_pool1d adaptive_max_pool2d "
     "adaptive_max_pool3d max_pool2d_with_indices max_pool3d_with_indices avg_pool1d avg_pool2d "
     "avg_pool3d",
@@ -1120,6 +1127,7 @@ REFUSED = {
     "other bits": Sample(aten.view.dtype, (Entry((2, 3)), torch.long)),
     "no entries": Sample(aten.view.default, (Entry((2, 0, 3)), [0])),
     "whole numbers": Sample(aten._to_copy.default, (Entry((2,)),), {"dtype": torch.long}),
+    "a number": Sample(aten.unfold.default, (Entry(()), 0, 1, 1)),
     "a count": Sample(aten.linalg_vector_norm.default, (Entry((2, 3)), 0, [1])),
 }
 
@@ -1246,6 +1254,7 @@ SAID: tuple[tuple[torch._ops.OpOverload, tuple[Any, ...], str], ...] = (
         (t(2, 3, 4, 5), [2, 2], [1, 1], [0, 0], [1, 1]),
         "a b c! d! -> a (b e! f!) g!",
     ),
+    (aten.unfold.default, (t(2, 5, 3), 1, 2, 1), "a b! c -> a d! c e!"),
     (aten.avg_pool2d.default, (t(2, 3, 4, 5), [2, 2]), "a b c! d! -> a b e! f!"),
     (aten.max_pool2d_with_indices.default, (t(3, 4, 5), [2, 2]), "a b! c! -> a d! e!, a f! g!"),
     (

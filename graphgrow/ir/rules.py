@@ -472,6 +472,18 @@ def im2col(c: Call) -> Outcome:
     return Outcome([[c.of(x)[0], patch, _free(out.shape[2])]])
 
 
+def unfold(c: Call) -> Outcome:
+    """Cut one dim into windows; their number and length are sizes of their own."""
+    x, out = c.args[0], c.outs[0]
+    dims = list(c.of(x))
+    if not dims:
+        raise Misaligned("a number is cut into windows")
+    d = c.args[1] % len(dims)
+    freeze(dims[d], "is cut into windows")
+    dims[d] = _free(out.shape[d])
+    return Outcome([[*dims, _free(out.shape[-1])]])
+
+
 def _kernel(size: int) -> Composition:
     return ONE if size == 1 else fresh(size, KERNEL)
 
@@ -824,6 +836,7 @@ ROWS: dict[Any, Row] = _table(
     (Row(restride, **MOVE), "as_strided as_strided_"),
     (Row(pad, Kind.MOVE, "zero", True), "constant_pad_nd"),
     (Row(im2col, Kind.MOVE, "zero", True), "im2col"),
+    (Row(unfold, **MOVE), "unfold"),
     # each entry from the entries at its place
     (HOMOGENEOUS, "relu relu_ leaky_relu leaky_relu_ neg abs add add_ sub sub_ copy_"),
     (Row(broadcast, Kind.POINTWISE, odd=True), "tanh tanh_ sin erf atan asinh sinh tan softshrink"),
