@@ -7,19 +7,19 @@ import itertools
 import linecache
 import symtable
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from textwrap import indent
 from types import ModuleType
 from typing import Any
 
-import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
-from graphgrow.errors import NotApplicable, UnsupportedOp
-from graphgrow.ir.assemble import assemble, place, redirect, tensors
+from graphgrow.errors import UnsupportedOp
+from graphgrow.ir.assemble import assemble
 from graphgrow.ir.graph import Graph
+from graphgrow.ir.write_back import write_back
 
 
 def lower(graph: Graph, *, into: nn.Module | None = None) -> nn.Module:
@@ -31,15 +31,16 @@ def lower(graph: Graph, *, into: nn.Module | None = None) -> nn.Module:
 
     With `into`, the tensors and the changed attributes are written into that model instead, which
     keeps its class, methods and hooks, and it is returned. That needs a model of unchanged
-    structure whose own `forward` has no literal that a rewrite changed; a refusal leaves it as it
-    was.
+    structure whose own `forward` computes the graph when attributes state the new sizes
+    (`num_heads`, `head_dim`): it is recorded once more to see that it does. A refusal leaves it as
+    it was.
 
     Raises:
         NotApplicable: `into` does not fit; the sentence says where.
         UnsupportedOp: the two modes of the graph cannot be written as one forward.
     """
     if into is not None:
-        return _write_back(graph, into)
+        return write_back(graph, into)
     root = assemble(graph.modules, graph.leaves, graph.state)
     if "" in graph.leaves:
         return root
@@ -150,84 +151,3 @@ class _Body:
             name in other.locals or other.names.get(name, value) is not value
             for name, value in self.names.items()
         )
-
-
-# --------------------------------------------------------------------------- into the user's model
-
-
-def _write_back(graph: Graph, model: nn.Module) -> nn.Module:
-    """Return `model` with the tensors and attributes of `graph`, or raise before any change."""
-    misfit = next(_misfits(graph, model), None)
-    if misfit is not None:
-        name = type(model).__name__
-        raise NotApplicable(f"cannot lower into '{name}': {misfit}; lower without into")
-    own = dict(model.named_modules(remove_duplicate=False))
-    fresh = {
-        id(old): graph.state[path] for path, old in tensors(model) if old is not graph.state[path]
-    }
-    for path, _ in [*tensors(model)]:
-        owner, _, name = path.rpartition(".")
-        place(own[owner], name, graph.state[path])
-    for path, module in own.items():
-        vars(module).update(_changed(module, graph.modules[path]))
-        if fresh:
-            redirect(module, fresh)
-    return model
-
-
-def _misfits(graph: Graph, model: nn.Module) -> Iterator[str]:
-    """Yield a sentence for everything that keeps `graph` from being written into `model`."""
-    own = dict(model.named_modules(remove_duplicate=False))
-    held = dict(tensors(model))
-    yield from _differences("module", graph.modules, own)
-    yield from _differences("tensor", _registered(graph), held)
-    for path in own:
-        theirs, ours = type(own[path]).__name__, type(graph.modules[path]).__name__
-        if type(own[path]) is not type(graph.modules[path]):
-            yield f"its module '{path}' is a {theirs}, the graph's a {ours}"
-    for path, tensor in held.items():
-        if isinstance(tensor, nn.Parameter) != isinstance(graph.state[path], nn.Parameter):
-            yield f"its tensor '{path}' is a parameter on one side and a buffer on the other"
-    if len({(id(own[p]), id(graph.modules[p])) for p in own}) > len({id(m) for m in own.values()}):
-        yield "it shares a module between paths where the graph has two"
-    for node in (*graph.train.nodes, *graph.eval.nodes):
-        if "edited" in node.meta:
-            yield f"its forward would need another literal at '{node.name}' ({node.meta['edited']})"
-
-
-def _registered(graph: Graph) -> dict[str, Tensor]:
-    """Return the tensors of `graph` without the constants that tracing found in the code."""
-    return {
-        path: tensor
-        for path, tensor in graph.state.items()
-        if isinstance(tensor, nn.Parameter) or _has_name(graph.modules, path)
-    }
-
-
-def _has_name(modules: Mapping[str, nn.Module], path: str) -> bool:
-    owner, _, name = path.rpartition(".")
-    return name in modules[owner]._parameters or name in modules[owner]._buffers
-
-
-def _differences(kind: str, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[str]:
-    yield from (f"it has no {kind} '{path}'" for path in ours if path not in theirs)
-    yield from (f"the graph has no {kind} '{path}'" for path in theirs if path not in ours)
-
-
-def _changed(module: nn.Module, template: nn.Module) -> dict[str, Any]:
-    """Return what says that `template` is another layer than `module`: numbers, names, tuples."""
-    own, missing = vars(module), object()
-    return {
-        name: value
-        for name, value in vars(template).items()
-        if name != "training"
-        and _is_plain(value)
-        and (name not in own or _is_plain(own[name]))
-        and own.get(name, missing) != value
-    }
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, (tuple, list)):
-        return all(_is_plain(item) for item in value)
-    return value is None or isinstance(value, (bool, int, float, complex, str, torch.dtype))

@@ -103,7 +103,7 @@ class _Edits:
         return None if changed == as_it_is else changed
 
     def _with_values_kept(self, node: fx.Node, call: Call) -> Call:
-        """Return a call in which sizes that are no sizes there, but numbers, stay what they were."""
+        """Return a call in which a size that serves as a number stays the number that it was."""
         target, args, named = call
         first = _TAKE_SIZES.get(_called(node), 0)
         if first is None:
@@ -260,6 +260,8 @@ def _split(edits: _Edits, node: fx.Node) -> Call | None:
             usual = [min(step, whole - start) for start in range(0, whole, step)]
         if usual == wanted:
             return None
+        if _called(node) == "split" and len({*wanted}) == 1:
+            return node.target, (x, wanted[0], *rest), dict(node.kwargs)
     elif [edits.number(s) for s in sizes] == wanted:
         return None
     if node.op == "call_method":
@@ -409,12 +411,12 @@ def _with_number(edits: _Edits, call: Call, factor: float) -> Call:
 # Calls whose numbers are sizes or positions: all of them, or those before an argument.
 _TAKE_SIZES: dict[str, int | None] = {
     **dict.fromkeys(
-        "__getitem__ __setitem__ arange as_strided broadcast_to channel_shuffle chunk conv1d conv2d "
-        "conv3d diagonal empty expand eye flatten getitem group_norm index_select interpolate "
-        "layer_norm linspace narrow new_empty new_ones new_zeros one_hot ones pad pixel_shuffle "
-        "rand randint randn randperm repeat repeat_interleave reshape rms_norm roll select split "
-        "split_with_sizes tensor_split tile topk tril tril_indices triu triu_indices unflatten "
-        "unfold view zeros".split()
+        "__getitem__ __setitem__ arange as_strided broadcast_to channel_shuffle chunk conv1d "
+        "conv2d conv3d diagonal empty expand eye flatten getitem group_norm index_select "
+        "interpolate layer_norm linspace narrow new_empty new_ones new_zeros one_hot ones pad "
+        "pixel_shuffle rand randint randn randperm repeat repeat_interleave reshape rms_norm "
+        "roll select split split_with_sizes tensor_split tile topk tril tril_indices triu "
+        "triu_indices unflatten unfold view zeros".split()
     ),
     "full": 1,
     "new_full": 2,
