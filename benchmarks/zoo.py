@@ -23,6 +23,7 @@ import fnmatch
 import importlib
 import json
 import multiprocessing
+import random
 import re
 import resource
 import signal
@@ -35,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
@@ -44,7 +45,7 @@ import vision
 
 import graphgrow as gg
 
-ALONE, LAYERS = 6, 5
+ALONE, LAYERS = 3, 5
 ANALYSIS_LIMIT, LIMIT = 60, 900  # seconds of CPU to trace and analyse, and of time for all
 
 Found = dict[str, Any]
@@ -66,7 +67,8 @@ def main() -> None:
         for library in ("timm", "transformers"):  # once, not in each process
             importlib.import_module(library)
     cached = read(options.cache)
-    for name in () if options.only_table else names:
+    order = random.Random(0).sample(names, len(names))  # so that half a run is a fair sample
+    for name in () if options.only_table else order:
         asked = any(fnmatch.fnmatch(name, pattern) for pattern in options.patterns)
         if asked and (options.again or name not in cached):
             found = in_a_process(name)
@@ -179,25 +181,29 @@ def widened(model: nn.Module, graph: gg.Graph, inputs: architectures.Inputs) -> 
     """Return what widening did, at once and alone, and removing after it."""
     units = odd_number(graph)
     free = [axis.name for axis in graph.axes.values() if axis.obstacle is None]
-    said = {name: gg.Widen(name, units).obstacle(graph) for name in free}
-    fits = [name for name in free if said[name] is None]
-    refused = counted(sentence.split(": ", 1)[1] for sentence in said.values() if sentence)
-    found: Found = {"units": units, "widened": len(fits), "refused_axes": refused}
-    together, back = grown_and_back(graph, fits, units, None)
+    together, fits, said = graph, [], []
+    for name in free:
+        try:
+            together = gg.apply(together, gg.Widen(name, units), verify=False).graph
+            fits.append(name)
+        except gg.NotApplicable as error:
+            said.append(str(error).split(": ", 1)[1])
+    found: Found = {"units": units, "widened": len(fits), "refused_axes": counted(said)}
     found["together"] = gg.compare(model, together, **inputs).relative
-    found["back"] = back
+    found["back"] = gap(graph, back(graph, together, fits, units, at_end=True))
     found["alone"] = found["zeros"] = 0
     found["alone_difference"] = 0.0
     for name in fits[:: -(-len(fits) // ALONE)] if fits else ():
-        alone, back = grown_and_back(graph, [name], units, None)
+        alone = gg.apply(graph, gg.Widen(name, units), verify=False).graph
         difference = gg.compare(graph, alone, **inputs).relative
         found["alone"] += 1
         found["alone_difference"] = max(found["alone_difference"], difference)
-        found["back"] = max(found["back"], back)
-        zero = gg.ZeroIncoming()
-        if gg.Widen(name, units, 0, zero).obstacle(graph) is None:
+        zeros = gg.Widen(name, units, 0, gg.ZeroIncoming())
+        with contextlib.suppress(gg.NotApplicable):
+            among = gg.apply(graph, zeros, verify=False).graph
+            same = gap(graph, back(graph, among, [name], units, at_end=False))
             found["zeros"] += 1
-            found["back"] = max(found["back"], grown_and_back(graph, [name], units, zero)[1])
+            found["back"] = max(found["back"], same)
     return found
 
 
@@ -207,28 +213,25 @@ def odd_number(graph: gg.Graph) -> int:
     return next(p for p in (3, 5, 7, 11, 13, 17, 19, 23) if all(w % p for w in widths))
 
 
-def grown_and_back(
-    graph: gg.Graph, names: list[str], units: int, weights: Any
-) -> tuple[gg.Graph, float]:
-    """Return the graph with new units, and by how much it is another when they are removed.
-
-    Units of `weights` are put before the old ones, others after them.
-    """
-    at = None if weights is None else 0
-    grown = gg.apply(graph, *(gg.Widen(n, units, at, weights) for n in names), verify=False).graph
-    removals = []
+def back(
+    before: gg.Graph, grown: gg.Graph, names: list[str], units: int, *, at_end: bool
+) -> gg.Graph:
+    """Return the grown graph without the new units, which are at the end of their axes or first."""
     for name in reversed(names):
-        first = graph.axes[name].width if at is None else 0
-        removals.append(gg.Remove(name, tuple(range(first, first + units))))
-    after = gg.apply(grown, *removals, verify=False).graph
-    return grown, max((gap(t, after.state[p]) for p, t in graph.state.items()), default=0.0)
+        first = before.axes[name].width if at_end else 0
+        removal = gg.Remove(name, tuple(range(first, first + units)))
+        grown = gg.apply(grown, removal, verify=False).graph
+    return grown
 
 
-def gap(before: Tensor, after: Tensor) -> float:
-    """Return the largest difference of two tensors, relative to the largest entry."""
-    if before is after or torch.equal(before, after):
-        return 0.0
-    return ((before - after).abs().max() / before.abs().max()).item()
+def gap(before: gg.Graph, after: gg.Graph) -> float:
+    """Return the largest difference of the tensors, relative to the largest entry of each."""
+    worst = 0.0
+    for path, tensor in before.state.items():
+        other = after.state[path]
+        if tensor is not other and not torch.equal(tensor, other):
+            worst = max(worst, ((tensor - other).abs().max() / tensor.abs().max()).item())
+    return worst
 
 
 def deepened(graph: gg.Graph, inputs: architectures.Inputs) -> Found:
