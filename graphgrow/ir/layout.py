@@ -74,11 +74,22 @@ def _expand_term(term: Term) -> list[Term]:
 
 def _inside(atom: Atom) -> Composition:
     """Return what `atom` stands for, with chains of bindings shortened."""
+    chain: list[Atom] = []  # of atoms that stand for one atom, in a loop: they can be long
+    while (after := _only(atom.bound)) is not None and after.bound is not None:
+        chain.append(atom)
+        atom = after
     if atom.bound is None:
         return ((atom,),)
     if any(a.bound is not None for term in atom.bound for a in term):
         atom.bound = expand(atom.bound)
+    for earlier in chain:
+        earlier.bound = atom.bound
     return atom.bound
+
+
+def _only(parts: Composition | None) -> Atom | None:
+    """Return the atom that is all of `parts`, None where there is more or less."""
+    return parts[0][0] if parts is not None and len(parts) == len(parts[0]) == 1 else None
 
 
 def leaves(parts: Composition) -> Iterator[Atom]:
