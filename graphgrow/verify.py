@@ -6,14 +6,15 @@ import copy
 import math
 import random
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import numpy
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map, tree_map_only
 
 from graphgrow.draws import Mean
 from graphgrow.errors import NotEquivalent
@@ -60,7 +61,8 @@ def compare(
 ) -> Difference:
     """Return how far the outputs of `after` are from those of `before` on the given inputs.
 
-    Copies run, in float64 with their inputs unless `double` is off; the models, their buffers,
+    Copies run, in float64 with their inputs unless `double` is off, also where their code casts to
+    less (norms of transformers' models do); the models, their buffers,
     modes and gradients, and the states of the random number generators stay as they are. Random
     numbers are replaced by their mean, because what dropout draws depends on the widths: dropout
     and stochastic depth keep everything, uniform numbers are a half, normal ones zero. What has no
@@ -93,7 +95,7 @@ def _outputs(
         args, named = tree_map_only(Tensor, _doubled, (args, named))
         _double(module)
     try:
-        with _same_random_numbers(module), torch.no_grad(), Mean():
+        with _same_random_numbers(module), torch.no_grad(), Mean(), _precision(double):
             return module(*args, **named)
     except Exception as error:
         error.add_note(
@@ -101,6 +103,34 @@ def _outputs(
             + (", in float64 (double=False runs it as it is)" if double else "")
         )
         raise
+
+
+def _precision(double: bool) -> AbstractContextManager[Any]:
+    return _Double() if double else nullcontext()
+
+
+_DOUBLE = {
+    **dict.fromkeys((torch.float16, torch.bfloat16, torch.float32), torch.float64),
+    torch.complex64: torch.complex128,
+}
+
+
+class _Double(TorchDispatchMode):
+    """Within it, what code asks for in lower precision is in double precision."""
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func.overloadpacket is not torch.ops.aten.view:  # reads the same bits as others
+            args, kwargs = tree_map(self._wider, (args, {**(kwargs or {})}))
+        return func(*args, **(kwargs or {}))
+
+    def _wider(self, value: Any) -> Any:
+        return _DOUBLE.get(value, value) if isinstance(value, torch.dtype) else value
 
 
 def _doubled(tensor: Tensor) -> Tensor:

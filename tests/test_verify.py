@@ -58,8 +58,19 @@ def test_a_difference_in_one_mode_is_found_and_named():
 
 
 def test_differences_below_single_precision_are_seen():
-    difference = compare(Gives(lambda x: x / 3), Gives(lambda x: (x.float() / 3).double()), X)
+    difference = compare(Gives(lambda x: x / 3), Gives(lambda x: x / (3 + 1e-8)), X)
     assert 1e-9 < difference.relative < 1e-7
+
+
+def test_code_that_casts_to_less_runs_in_double_precision_too():
+    def norm(x, scale):
+        y = (scale * x).to(torch.float32)
+        y = y / y.pow(2).mean(-1, keepdim=True, dtype=torch.float32).sqrt()
+        return torch.ones(4, dtype=torch.float16) * y
+
+    one, other = Gives(lambda x: norm(x, 1)), Gives(lambda x: norm(x, 3))
+    assert compare(one, other, X).relative < 1e-15
+    assert compare(one, other, X, double=False).relative > 1e-9
 
 
 def test_without_double_the_models_run_as_they_are():
