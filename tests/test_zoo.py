@@ -1,10 +1,11 @@
-"""torchvision's models, unchanged: which axes they have, and all that can grow grown at once."""
+"""Libraries' models, unchanged: which axes they have, and all that can grow grown at once."""
 
 from __future__ import annotations
 
 import copy
 import functools
 
+import architectures
 import pytest
 import torch
 import vision
@@ -14,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 import graphgrow as gg
 
 # Axes, and how many of them can be widened. What cannot is fixed by the input, the output, or by
-# what the sentence says; `benchmarks/coverage.py` prints it, and has all the other models.
+# what the sentence says; `benchmarks/zoo.py` prints it, and has all the other models.
 AXES = {
     "convnext_tiny": (24, 18),
     "densenet121": (122, 120),
@@ -116,3 +117,77 @@ def test_a_widened_resnet_is_still_torchvisions() -> None:
     assert type(mine) is type(model) and mine.layer3[1].bn1.num_features == 256
     assert mine.layer3[0].downsample[0].out_channels == 261
     assert gg.compare(model, mine, images).relative <= 1e-10
+
+
+# --------------------------------------------------------------------------- timm and transformers
+
+# How many axes can be widened, at least.
+MORE = {
+    "timm/test_byobnet": 6,
+    "timm/test_vit": 10,
+    "timm/test_convnext": 6,
+    "transformers/bert": 7,
+    "transformers/gpt2": 6,
+    "transformers/llama": 8,
+    "transformers/t5": 13,
+    "transformers/vit": 7,
+}
+
+
+@functools.cache
+def built(name: str) -> tuple[nn.Module, architectures.Inputs]:
+    library, _, short = name.partition("/")
+    vision.torchvision()
+    pytest.importorskip(library, reason=f"{library} comes with requirements/zoo.txt")
+    torch.manual_seed(0)
+    with vision.silenced():
+        build = architectures.timm_model if library == "timm" else architectures.hugging_face
+        return build(short)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", MORE)
+def test_models_of_other_libraries_grow_all_at_once(name: str) -> None:
+    model, inputs = built(name)
+    graph = gg.trace(model, **inputs)
+    assert not graph.analysis.unknown
+    rewrites = gg.candidates(graph, gg.Widen, units=5)
+    assert len(rewrites) >= MORE[name]
+    grown = gg.apply(graph, *rewrites, verify=False).graph
+    assert gg.compare(model, grown, **inputs).relative <= 1e-10
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("name", "axis", "attribute"),
+    [
+        ("timm/test_vit", "blocks.0.attn.qkv[1]", "blocks.0.attn.num_heads"),
+        ("transformers/gpt2", "transformer.h.1.mlp.c_fc.weight", "transformer.h.1.mlp.c_fc.nf"),
+        (
+            "transformers/t5",
+            "decoder.block.0.layer.1.EncDecAttention.q[0]",
+            "decoder.block.0.layer.1.EncDecAttention.n_heads",
+        ),
+    ],
+)
+def test_other_libraries_models_stay_themselves(name: str, axis: str, attribute: str) -> None:
+    model, inputs = copy.deepcopy(built(name))
+    owner, _, number = attribute.rpartition(".")
+    before = getattr(model.get_submodule(owner), number)
+    graph = gg.trace(model, **inputs)
+    grown = gg.apply(graph, gg.Widen(axis, 5), verify=False).graph
+    assert gg.lower(grown, into=model) is model
+    assert getattr(model.get_submodule(owner), number) == before + 5
+    assert gg.compare(built(name)[0], model, **inputs).relative <= 1e-10
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_growth_that_a_librarys_code_cannot_follow_is_refused() -> None:
+    model, inputs = built("transformers/bert")
+    grown = gg.apply(
+        gg.trace(model, **inputs),
+        gg.Widen("bert.encoder.layer.0.attention.self.value[1]", 5),
+        verify=False,
+    )
+    with pytest.raises(gg.NotApplicable, match="would need another literal at"):
+        gg.lower(grown.graph, into=model)
