@@ -139,17 +139,18 @@ def _filled(
     `ZeroIncoming` without a constant of its own is tried with zero, then, if its units could not
     learn or would hold something else, with pairs that cancel at biases of zero and of one.
     """
-    tensors = scheme.fill(change, state)
-    verdict = judge(Follower(change, {**state, **tensors}).run(), state)
-    if not isinstance(scheme, ZeroIncoming) or scheme.paths is not None:
-        return tensors, verdict
-    folds = any(bool((constant != 0).any()) for constant in verdict.folds.values())
-    if verdict.reason is None and not verdict.dead and not folds:
-        return tensors, verdict
-    following = {None: 0.0, 0.0: 1.0}
-    if scheme.constant in following:
-        return _filled(replace(scheme, constant=following[scheme.constant]), change, state)
-    return tensors, verdict
+    choices: list[Scheme] = [scheme]
+    if isinstance(scheme, ZeroIncoming) and scheme.paths is None and scheme.constant is None:
+        choices += [replace(scheme, constant=0.0), replace(scheme, constant=1.0)]
+    tried = []
+    for choice in choices:
+        tensors = choice.fill(change, state)
+        verdict = judge(Follower(change, {**state, **tensors}).run(), state)
+        tried.append((tensors, verdict))
+        if verdict.reason is None and not verdict.dead and not verdict.folds:
+            return tried[-1]
+    exact = [found for found in tried if found[1].reason is None]
+    return exact[-1] if exact else tried[0]
 
 
 def _refusal(axis: Axis, units: int, verdict: Verdict, scheme: Scheme) -> str:
