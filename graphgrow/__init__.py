@@ -16,6 +16,8 @@ from graphgrow.optim.fans import Fans, fan_ins, fan_outs
 from graphgrow.optim.migrate import migrate
 from graphgrow.optim.penalties import penalty, shrink
 from graphgrow.passes.apply import apply
+from graphgrow.passes.branch import Branch
+from graphgrow.passes.branch_layers import Residual, Skip, TransformerBlock
 from graphgrow.passes.candidates import candidates
 from graphgrow.passes.cap import Cap
 from graphgrow.passes.deepen import Deepen
@@ -34,6 +36,7 @@ __all__ = [
     "AdaRad",
     "AdaRadM",
     "Axis",
+    "Branch",
     "Budget",
     "Cap",
     "Copy",
@@ -54,8 +57,11 @@ __all__ = [
     "Progress",
     "Protocol",
     "Remove",
+    "Residual",
+    "Skip",
     "Snapshot",
     "Split",
+    "TransformerBlock",
     "Turnover",
     "UnitLength",
     "UnsupportedOp",

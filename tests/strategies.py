@@ -574,10 +574,22 @@ def factors(draw: st.DrawFn, module: Any) -> tuple[Any, Any]:
     return table, draw(st.sampled_from([None, None, bias]))
 
 
+@st.composite
+def branchings(draw: st.DrawFn, graph: gg.Graph) -> gg.Branch:
+    """Draw a skip or a residual branch between two places, sometimes two that do not fit."""
+    source, target = draw(st.sampled_from(gg.Branch.places(graph) or [("", "")]))
+    if draw(st.integers(0, 9)) == 0:
+        source = draw(st.sampled_from([pair[0] for pair in gg.Branch.places(graph)] or [""]))
+    kernel = draw(st.sampled_from([1, 1, 3]))
+    activation = draw(st.sampled_from(["relu", "gelu", "silu", "tanh"]))
+    residual = gg.Residual(draw(st.integers(1, 3)), kernel, activation, draw(seeds))
+    return gg.Branch(source, target, draw(st.sampled_from([gg.Skip(), residual])))
+
+
 def requests(graph: gg.Graph, both: bool = True) -> st.SearchStrategy[Any]:
     """Return requests for any rewrite of a graph, also such as have an obstacle."""
     wider = st.one_of(widenings(graph), given_widenings(graph))
-    return st.one_of(wider, deepenings(graph, both), removals(graph))
+    return st.one_of(wider, deepenings(graph, both), removals(graph), branchings(graph))
 
 
 def rewrites(graph: gg.Graph, both: bool = True) -> st.SearchStrategy[Any]:

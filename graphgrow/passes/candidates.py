@@ -12,5 +12,6 @@ from graphgrow.passes.rewrite import Rewrite
 def candidates(graph: Graph, kind: type[Rewrite], **arguments: Any) -> list[Rewrite]:
     """Return every rewrite of `kind` with these arguments that has no obstacle on `graph`."""
     at = cast(Callable[..., Rewrite], kind)
-    made = (at(place, **arguments) for place in kind.places(graph))
+    places = (p if isinstance(p, tuple) else (p,) for p in kind.places(graph))
+    made = (at(*place, **arguments) for place in places)
     return [rewrite for rewrite in made if rewrite.obstacle(graph) is None]

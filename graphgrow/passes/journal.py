@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from dataclasses import fields, is_dataclass
 from typing import Any
 
+from graphgrow.passes.branch import Branch
+from graphgrow.passes.branch_layers import Residual, Skip, TransformerBlock
 from graphgrow.passes.cap import Cap
 from graphgrow.passes.deepen import Deepen
 from graphgrow.passes.fresh import UnitLength
@@ -22,6 +24,7 @@ _KINDS: dict[str, Any] = {
         *(Widen, ZeroOutgoing, ZeroIncoming, Pairs, Copy, Given, MeanFill, UnitLength),
         *(Deepen, Identity, Factor, Split),
         *(Remove, Absorb, Cap),
+        *(Branch, Skip, Residual, TransformerBlock),
     )
 }
 
