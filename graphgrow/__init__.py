@@ -21,6 +21,7 @@ from graphgrow.passes.branch_layers import Residual, Skip, TransformerBlock
 from graphgrow.passes.candidates import candidates
 from graphgrow.passes.cap import Cap
 from graphgrow.passes.deepen import Deepen
+from graphgrow.passes.fold import Fold
 from graphgrow.passes.fresh import UnitLength
 from graphgrow.passes.identity import Identity
 from graphgrow.passes.layers import Factor, Split
@@ -44,6 +45,7 @@ __all__ = [
     "Every",
     "Factor",
     "Fans",
+    "Fold",
     "Given",
     "Graph",
     "Grower",

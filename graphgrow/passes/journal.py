@@ -10,6 +10,7 @@ from graphgrow.passes.branch import Branch
 from graphgrow.passes.branch_layers import Residual, Skip, TransformerBlock
 from graphgrow.passes.cap import Cap
 from graphgrow.passes.deepen import Deepen
+from graphgrow.passes.fold import Fold
 from graphgrow.passes.fresh import UnitLength
 from graphgrow.passes.identity import Identity
 from graphgrow.passes.layers import Factor, Split
@@ -24,7 +25,7 @@ _KINDS: dict[str, Any] = {
         *(Widen, ZeroOutgoing, ZeroIncoming, Pairs, Copy, Given, MeanFill, UnitLength),
         *(Deepen, Identity, Factor, Split),
         *(Remove, Absorb, Cap),
-        *(Branch, Skip, Residual, TransformerBlock),
+        *(Branch, Skip, Residual, TransformerBlock, Fold),
     )
 }
 

@@ -60,9 +60,9 @@ class Parts:
         if name in _SPLITS:
             return self._pieces(before, after)
         if name in ("select", "unbind"):
-            given = step.args[1] if len(step.args) > 1 else 0
-            at = given % len(before) if isinstance(given, int) else 0
-            indices = [step.args[2]] if name == "select" else range(len(after))
+            given = [a for a in step.args[1:] if isinstance(a, int)]
+            at = given[0] % len(before) if given else 0
+            indices = given[1:2] if name == "select" else range(len(after))
             return [self._picked(before[at], int(i)) for i in indices]
         if name in _ORDERS:
             return [None for _ in after]

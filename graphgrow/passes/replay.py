@@ -13,6 +13,7 @@ import numpy as np
 
 from graphgrow.errors import NotApplicable
 from graphgrow.ir.graph import Graph
+from graphgrow.passes.fold import Fold, refold
 from graphgrow.passes.remove import Remove
 from graphgrow.passes.resize import resize
 from graphgrow.passes.rewrite import Rewrite
@@ -26,6 +27,9 @@ def replay(graph: Graph, *rewrites: Rewrite) -> Graph:
     Raises NotApplicable where a rewrite finds no such axis, units or place.
     """
     for rewrite in rewrites:
+        if isinstance(rewrite, Fold):
+            graph = refold(graph, rewrite)
+            continue
         units = _UNITS.get(type(rewrite))
         if units is None:
             graph = rewrite.edit(graph).graph
