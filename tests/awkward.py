@@ -147,6 +147,22 @@ class AttentionChunks(nn.Module):
         return self.o((weights @ v).transpose(1, 2).flatten(2))
 
 
+@case((2, 5, 8), "qkv[0](2) qkv[2](4)", fixed={"qkv[1]": "is picked from by position"})
+class AttentionHeadsFirst(nn.Module):
+    """Each head has its query, key and value side by side, as in Bloom."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.o = nn.Linear(8, 24), nn.Linear(8, 3)
+
+    def forward(self, x):
+        b, n, _ = x.shape
+        packed = self.qkv(x).view(b, n, 2, 3, 4)
+        q, k, v = (packed[..., i, :].transpose(1, 2) for i in range(3))
+        weights = (q @ k.transpose(-2, -1) * 0.5).softmax(-1)
+        return self.o((weights @ v).transpose(1, 2).reshape(b, n, -1))
+
+
 @case((2, 5, 8), "q[0](2) q[1](2) q[2](4) v[1](4)")
 class AttentionGqa(nn.Module):
     def __init__(self):

@@ -412,6 +412,13 @@ class Layout:
             pieces.append(found)
         return np.concatenate(pieces)
 
+    def parts(self, widths: Mapping[str, int], counted_by: str) -> np.ndarray:
+        """Return the unit of an axis at every position; of "", the number of the term there."""
+        if counted_by:
+            return self.units(widths, counted_by)
+        sizes = [Layout((term,)).size(widths) for term in self.terms]
+        return np.repeat(np.arange(len(sizes)), sizes)
+
     def __str__(self) -> str:
         text = " + ".join(" ".join(str(f) for f in term) or "1" for term in self.terms)
         plain = len(self.terms) == 1 and len(self.terms[0]) <= 1

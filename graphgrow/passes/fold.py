@@ -181,7 +181,8 @@ def _identity(place: _Place) -> _Folded | None:
 
 
 def _is_identity(place: _Place) -> bool:
-    module, weight, bias = place.module, place.tensor("weight"), place.tensor("bias")
+    module: Any = place.module
+    weight, bias = place.tensor("weight"), place.tensor("bias")
     if isinstance(module, nn.Identity) or (isinstance(module, nn.Dropout) and module.p == 0):
         return True
     if not is_layer(module) or isinstance(module, _ConvTransposeNd) or weight is None:
@@ -226,7 +227,7 @@ def _product(place: _Place) -> _Folded | None:
     weight, outer = before.tensor("weight"), place.tensor("weight")
     assert weight is not None and outer is not None
     matrix = outer.double().flatten(1)
-    tensors = {"weight": torch.tensordot(matrix, weight.double(), dims=([1], [0]))}
+    tensors = {"weight": torch.tensordot(matrix, weight.double(), dims=1)}
     inner_bias, bias = before.tensor("bias"), place.tensor("bias")
     if inner_bias is not None or bias is not None:
         moved = 0.0 if inner_bias is None else matrix @ inner_bias.double()

@@ -39,14 +39,14 @@ class ZeroOutgoing:
     biases and norms get the mean over the old units. Any activation, both modes.
 
     Where new units are multiplied with new ones that the same parameter writes (packed queries and
-    keys), `factor` says which rows are zero so that the product is: a path, and which part of how
-    many that the parameter's rows of a unit are cut into.
+    keys), `factor` says which rows are zero so that the product is: the parameter's path, and the
+    axis that counts its parts ("" where they are terms of a sum) with the number of the one.
 
     Source: Gesmundo & Maile (2023), Composable function-preserving expansions.
     """
 
     seed: int = 0
-    factor: tuple[str, int, int] | None = None
+    factor: tuple[str, str, int] | None = None
 
     def fill(self, resized: Resized, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the changed tensors, outgoing weights zero."""
@@ -319,13 +319,15 @@ class _Fill:
         """Let the biases that are added to new units of a norm's output be zero."""
         self.zero(Follower(self.resized, {**self.state, **self.tensors}).run().silent())
 
-    def part_zero(self, path: str, part: int, parts: int) -> None:
-        """Make one of several equal parts of a parameter's new rows zero, and of their bias."""
+    def part_zero(self, path: str, counted_by: str, part: int) -> None:
+        """Make one of the parts of a parameter's new rows zero, and of their bias."""
         rows = {at for at in self.axis.producers if at.path == path}
         for at in rows | self._biases({Kind.CONTRACT}, (path,)):
+            layout = self.resized.analysis.state[at.path][at.dim]
+            parts = layout.parts(self.resized.widths(), counted_by)
             new = self._read(at, self.resized.new)
-            cut = new.clone().reshape(len(new), parts, -1)
-            cut[:, part] = 0
+            here = parts[self.resized.at(at.path, at.dim)[self.resized.new]] == part
+            cut = new.reshape(*here.shape, -1).masked_fill(torch.from_numpy(here)[..., None], 0)
             self._write(at, self.resized.new, cut.reshape(new.shape))
 
     def twins(self, first: np.ndarray, second: np.ndarray) -> None:

@@ -119,16 +119,18 @@ class Widen:
         return Edit(grown, proof, origin)
 
 
-def _factors(axis: Axis, analysis: Analysis) -> Iterator[tuple[str, int, int]]:
+def _factors(axis: Axis, analysis: Analysis) -> Iterator[tuple[str, str, int]]:
     """Yield the parts of parameters whose rows of one unit are packed: queries, keys, values."""
     for at in axis.producers:
-        terms = [t for t in analysis.state[at.path][at.dim].terms if axis.name in t]
-        lead = terms[0][0] if terms else axis.name
-        count = len(terms)
-        if count == 1 and isinstance(lead, str) and lead != axis.name:
-            count = analysis.axes[lead].width
-        for part in range(count if 1 < count <= MOST_PARTS else 0):
-            yield at.path, part, count
+        terms = analysis.state[at.path][at.dim].terms
+        holding = [k for k, term in enumerate(terms) if axis.name in term]
+        if 1 < len(holding) <= MOST_PARTS:
+            yield from ((at.path, "", k) for k in holding)
+        for factor in terms[holding[0]] if len(holding) == 1 else ():
+            parts = analysis.axes.get(factor) if isinstance(factor, str) else None
+            if parts is None or parts.obstacle is None or not 1 < parts.width <= MOST_PARTS:
+                continue
+            yield from ((at.path, parts.name, k) for k in range(parts.width))
 
 
 def _filled(
