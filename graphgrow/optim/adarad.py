@@ -5,7 +5,7 @@ Source: Philipp and Carbonell (2017), Nonparametric Neural Networks, algorithms 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,34 +14,28 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from graphgrow.ir.graph import Graph
-from graphgrow.optim.fans import Fans, Part, dots, fan_ins, squares
+from graphgrow.optim.fans import Fans, Slices, fan_ins, joined
 from graphgrow.passes.rewrite import Grown
 
 SHARED = "fans"  # the key, in `state`, of what belongs to fan-ins and not to one parameter
 
 
 @dataclass(frozen=True, eq=False)
-class _Member:
-    """A parameter's part in the fan-ins, with its gradient."""
-
-    part: Part
-    weight: Tensor
-    gradient: Tensor
-
-
-@dataclass(frozen=True, eq=False)
 class _Seen:
-    """What a step finds out about every fan-in, `(fans,)` each.
+    """What a step finds out about every fan-in, `(fans,)` each, from weights and gradients.
 
-    `length` is that of the weights, `gradient` that of the gradient, `across` that of its part
-    across the weights; its part along them is `radial` times the weights. Fan-ins that are `zero`
-    have no direction; those that are not `live` (None: all are) stay as they are.
+    `length` is that of the weights, one where they are zero; the part of the gradient along them is
+    `radial` times the weights, and `across` is the length of the rest of it. Fan-ins that are
+    `zero` have no direction: all of the gradient is across them. Those that are not `live` (None:
+    all are) stay as they are.
     """
 
+    slices: Slices
+    weights: list[Tensor]
+    gradients: list[Tensor]
     length: Tensor
-    gradient: Tensor
-    across: Tensor
     radial: Tensor
+    across: Tensor
     zero: Tensor
     live: Tensor | None
 
@@ -50,8 +44,8 @@ class _Seen:
 class _Turn:
     """What a step does to every fan-in, `(fans,)` each.
 
-    The weights become `kept` times themselves plus `added` times the vector they turn along, and
-    that becomes `follows` times itself plus `leans` times the weights of before.
+    The weights become `kept` times themselves less `added` times the vector they turn away from.
+    That vector becomes `follows` times itself plus `leans` times the weights of before.
     """
 
     kept: Tensor
@@ -121,10 +115,9 @@ class AdaRad(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        live, members = self._members()
-        if members:
-            seen = self._seen(live, members)
-            self._move(members, seen, self._rate(seen))
+        seen = self._seen(self._held())
+        if seen is not None:
+            self._move(seen, self._rate(seen))
         inside = {part.path for part in self.fans.parts}
         for group in self.param_groups:
             for name, parameter in zip(group["param_names"], group["params"], strict=True):
@@ -132,53 +125,55 @@ class AdaRad(Optimizer):
                     parameter.add_(parameter.grad, alpha=-group["rest_lr"])
         return loss
 
-    def _members(self) -> tuple[Tensor | None, list[_Member]]:
-        """Return which fan-ins have a gradient, None for all, and the parts of those.
-
-        Where a part of a fan-in has none, it is zero there.
-        """
-        members = self._parts()
-        if all(m.weight.grad is not None for m in members):
-            return None, members
-        live = torch.zeros(self.fans.count, dtype=torch.bool)
-        for m in members:
-            live[m.part.units] |= m.weight.grad is not None
-        return live, [m for m in members if bool(live[m.part.units].any())]
-
-    def _parts(self) -> list[_Member]:
-        found = {
+    def _held(self) -> dict[str, Tensor]:
+        """Return the parameters of all groups by path."""
+        return {
             name: parameter
             for group in self.param_groups
             for name, parameter in zip(group["param_names"], group["params"], strict=True)
         }
-        members = []
+
+    def _seen(self, found: Mapping[str, Tensor]) -> _Seen | None:
+        """Return the parts of the gradient along and across the fan-ins (line 11), None if none.
+
+        Where a part of a fan-in has no gradient, it is zero there.
+        """
+        slices, live = self._live(found)
+        weights = [found[part.path] for part in slices.parts]
+        if not weights:
+            return None
+        gradients = [torch.zeros_like(w) if w.grad is None else w.grad for w in weights]
+        pieces = slices.lengths(weights) + slices.lengths(gradients)
+        table = joined(pieces + slices.dots(weights, gradients)).reshape(3, -1)
+        table[:2].square_()
+        length, gradient, along = slices.sums(table)  # the first two are squares
+        zero = length == 0
+        length = length.masked_fill(zero, 1.0)
+        radial = along / length
+        across = torch.addcmul(gradient, radial, along, value=-1)
+        noise = across <= gradient * (16 * torch.finfo(length.dtype).eps)  # parallel but for that
+        across = across.masked_fill_(noise, 0.0).sqrt_()
+        live = None if live is None else live.to(length.device)
+        return _Seen(slices, weights, gradients, length.sqrt_(), radial, across, zero, live)
+
+    def _live(self, found: Mapping[str, Tensor]) -> tuple[Slices, Tensor | None]:
+        """Return the slices of the fan-ins that have a gradient, and which do: None for all."""
         for part in (part for part in self.fans.parts if part.path in found):
-            weight = found[part.path]
-            gradient = torch.zeros_like(weight) if weight.grad is None else weight.grad
-            if gradient.is_sparse:
+            gradient = found[part.path].grad
+            if gradient is not None and gradient.is_sparse:
                 raise ValueError(
                     f"cannot step {type(self).__name__}: the gradient of '{part.path}' is sparse; "
                     "make the layer without sparse=True"
                 )
-            members.append(_Member(part, weight, gradient))
-        return members
-
-    def _seen(self, live: Tensor | None, members: list[_Member]) -> _Seen:
-        """Return the parts of the gradient along and across the fan-ins (line 11)."""
-        like = members[0].weight
-        length, gradient, radial = like.new_zeros(3, self.fans.count)
-        for m in members:
-            m.part.added(length, squares(m.weight, m.part.dim))
-            m.part.added(gradient, squares(m.gradient, m.part.dim))
-            m.part.added(radial, dots(m.weight, m.gradient, m.part.dim))
-        share, zero = self._of("share", like), length == 0
-        gradient *= share**2
-        radial *= share / length.masked_fill(zero, 1.0)  # length is a square until the end
-        across = gradient - radial.square() * length
-        noise = across <= 16 * torch.finfo(like.dtype).eps * gradient  # parallel but for rounding
-        across.masked_fill_(noise | zero, 0.0)
-        live = None if live is None else live.to(like.device)
-        return _Seen(length.sqrt_(), gradient.sqrt_(), across.sqrt_(), radial, zero, live)
+        moved = [p for p in self.fans.parts if p.path in found and found[p.path].grad is not None]
+        if len(moved) == len(self.fans.parts):
+            return self.fans.slices, None
+        live = torch.zeros(self.fans.count, dtype=torch.bool)
+        for part in moved:
+            live[part.units] = True
+        held = (part for part in self.fans.parts if part.path in found)
+        parts = tuple(part for part in held if bool(live[part.units].any()))
+        return Slices(parts, self.fans.count), live
 
     def _of(self, name: str, like: Tensor) -> float | Tensor:
         """Return a setting of the groups: one number, or where they differ one for each fan-in."""
@@ -193,77 +188,95 @@ class AdaRad(Optimizer):
         return found
 
     def _shared(self, like: Tensor) -> dict[str, Tensor]:
-        """Return what is kept of fan-ins, zeros at first."""
+        """Return what is kept of fan-ins, zeros at first.
+
+        `running` has the running means of the squares across, and their capacities, `(2, fans)`,
+        `most` the largest of both so far, `(2, 1)`.
+        """
         if SHARED not in self.state:
-            each, one = like.new_zeros(self.fans.count), like.new_zeros(1)
-            self.state[SHARED] = {"square": each, "capacity": each.clone()}  # type: ignore[index]
-            self.state[SHARED] |= {"most": one, "most_capacity": one.clone()}  # type: ignore[index]
+            running, most = like.new_zeros(2, self.fans.count), like.new_zeros(2, 1)
+            self.state[SHARED] = {"running": running, "most": most}  # type: ignore[index]
         return self.state[SHARED]  # type: ignore[index]
 
     def _rate(self, seen: _Seen) -> Tensor:
         """Return the angle of turning by unit of gradient across a fan-in (lines 12 to 14)."""
-        like = seen.across
+        like, share = seen.across, self._of("share", seen.across)
         shared, mixing = self._shared(like), self._of("mixing", like)
-        for name, now in (("square", like.square()), ("capacity", 1.0)):
-            mixed = (1 - mixing) * shared[name] + mixing * now
-            shared[name] = mixed if seen.live is None else mixed.where(seen.live, shared[name])
-        most = []
-        for name, each in (("most", "square"), ("most_capacity", "capacity")):
-            so_far = torch.cat([shared[name], shared[each].flip(0)]).cummax(0).values
-            shared[name] = so_far[-1:].clone()
-            most.append(so_far[1:].flip(0))
-        own = shared["square"] / shared["capacity"].clamp(min=_tiny(like))
-        faster = most[0] / most[1].clamp(min=_tiny(like)) / (own + self._of("eps", like))
-        return faster.sqrt() * self._of("lr", like)
+        square = (like * share).square_().masked_fill_(seen.zero, 0.0)
+        mixed = shared["running"].lerp(torch.stack([square, torch.ones_like(square)]), mixing)
+        running = mixed if seen.live is None else mixed.where(seen.live, shared["running"])
+        so_far = torch.cat([shared["most"], running.flip(1)], 1).cummax(1).values
+        shared |= {"running": running, "most": so_far[:, -1:].clone()}
+        squares, capacities = torch.cat([running, so_far[:, 1:].flip(1)], 1)
+        own, most = (squares / capacities.clamp_(min=_tiny(like))).chunk(2)
+        return (most / (own + self._of("eps", like))).sqrt_() * (self._of("lr", like) * share)
 
     def _turn(self, seen: _Seen, reach: Tensor, angle: Tensor) -> _Turn:
-        """Return what lines 15 to 17 do, `reach` being the length of the vector turned along."""
-        like = seen.length
-        radial_lr, one = self._of("radial_lr", like), seen.length.masked_fill(seen.zero, 1.0)
-        kept, cosine, sine = 1 - radial_lr * seen.radial, angle.cos(), angle.sin()
-        after = torch.where(seen.zero, radial_lr * seen.gradient, kept.abs() * like)
-        lost = radial_lr * self._of("penalty", like) * self._of("share", like)
-        shrunk = (1 - lost / after.clamp(min=_tiny(like))).clamp(min=0.0)
-        added = after * sine * (reach > 0) / reach.clamp(min=_tiny(like))
-        added = -shrunk * torch.where(seen.zero, radial_lr, added)
-        follows, leans = cosine.masked_fill(seen.zero, 0.0), kept.sign() * sine * reach / one
-        turn = _Turn(shrunk * kept * cosine, added, follows, leans.masked_fill(seen.zero, 0.0))
+        """Return what lines 15 to 17 do, `reach` being the length of the vector turned along.
+
+        The gradient of a fan-in that is zero takes the place of the weights: a right angle.
+        """
+        like, zero, angle = seen.length, seen.zero, angle.masked_fill(seen.zero, torch.pi / 2)
+        step = self._of("radial_lr", like) * self._of("share", like)
+        kept = 1 - seen.radial * step
+        after = torch.where(zero, reach * step, kept.abs() * like)
+        left = (after - step * self._of("penalty", like)).clamp_(min=0.0)
+        cosine, sine, before = angle.cos(), angle.sin(), like.copysign(kept)
+        turn = _Turn(
+            left * cosine / before,
+            left * sine / reach.clamp(min=_tiny(like)),
+            cosine.masked_fill_(zero, 0.0),
+            sine * reach / before,
+        )
         if seen.live is None:
             return turn
         still = {"kept": 1.0, "added": 0.0, "follows": 1.0, "leans": 0.0}
         return _Turn(**{k: getattr(turn, k).masked_fill(~seen.live, v) for k, v in still.items()})
 
-    def _move(self, members: list[_Member], seen: _Seen, rate: Tensor) -> None:
+    def _move(self, seen: _Seen, rate: Tensor) -> None:
         """Move all weights: along the gradient across them is along the gradient less the rest."""
         turn = self._turn(seen, seen.across, rate * seen.across)
-        kept = turn.kept - turn.added * seen.radial
-        added = turn.added * self._of("share", kept)
-        for m in members:
-            m.weight.mul_(m.part.along(kept, m.weight))
-            m.weight.addcmul_(m.gradient, m.part.along(added, m.weight))
+        _changed(
+            seen, torch.addcmul(turn.kept, turn.added, seen.radial), seen.gradients, turn.added
+        )
 
     def carry(self, grown: Grown) -> Callable[[], None]:
-        """Return what makes the state of fan-ins that of the grown graph; `gg.migrate` calls it.
+        """Return what makes groups and the state of fan-ins those of the grown graph.
 
-        It is called after parameters and their own states were replaced, and does not raise.
+        `gg.migrate` calls it after parameters and their own states were replaced. It does not
+        raise. Bundles that are new get a group with the settings of the one that their first
+        parameter joined, and groups that hold nothing any more go: the groups are those of an
+        optimizer made of the grown graph.
         """
         after = fan_ins(grown.graph)
-        source = _sources(self.fans, after, grown)
-        first = {id(t): grown.graph.analysis.tied[p] for p, t in grown.graph.state.items()}
+        source, groups = _sources(self.fans, after, grown), _groups(grown.graph, after)
 
         def carried() -> None:
             self.fans = after
-            for group in self.param_groups:
-                group["param_names"][:] = [first[id(p)] for p in group["params"]]
+            self._regroup(groups)
             shared = self.state.get(SHARED, {})  # type: ignore[arg-type]
-            for name in set(shared) - {"most", "most_capacity"}:
+            for name in set(shared) - {"most"}:
                 here = source.to(shared[name].device)
-                shared[name] = shared[name][here.clamp(min=0)].masked_fill(here < 0, 0.0)
-            self._straighten(grown)
+                shared[name] = shared[name][..., here.clamp(min=0)].masked_fill(here < 0, 0.0)
+            self._straighten()
 
         return carried
 
-    def _straighten(self, grown: Grown) -> None:
+    def _regroup(self, groups: list[dict[str, Any]]) -> None:
+        """Put the parameters that are held into `groups`, with the settings that they have."""
+        settings = {group["name"]: group for group in self.param_groups}
+        joined = {id(p): group for group in self.param_groups for p in group["params"]}
+        regrouped = []
+        for wanted in groups:
+            held = [(name, p) for name, p in wanted["params"] if id(p) in joined]
+            if held:
+                group = settings.get(wanted["name"]) or {**joined[id(held[0][1])]}
+                group["name"], group["params"] = wanted["name"], [p for _, p in held]
+                group["param_names"] = [name for name, _ in held]
+                regrouped.append(group)
+        self.param_groups[:] = regrouped
+
+    def _straighten(self) -> None:
         """Put in order what a rewrite of the weights leaves out of it."""
 
 
@@ -295,57 +308,61 @@ class AdaRadM(AdaRad):
         settings |= {"mixing": mixing, "eps": eps, "rest_lr": rest_lr}
         super().__init__(graph, momentum_mixing=momentum_mixing, **settings)
 
-    def _move(self, members: list[_Member], seen: _Seen, rate: Tensor) -> None:
+    def _shared(self, like: Tensor) -> dict[str, Tensor]:
+        shared = super()._shared(like)
+        if "mean_capacity" not in shared:
+            shared["mean_capacity"] = like.new_zeros(self.fans.count)
+        return shared
+
+    def _move(self, seen: _Seen, rate: Tensor) -> None:
         """Move weights and running means; a mean starts anew where the fan-in is zero."""
-        shared, like = self._shared(seen.length), seen.length
-        share = self._of("share", like)
-        mixing = torch.zeros_like(like) + self._of("momentum_mixing", like)
-        mixing.masked_fill_(seen.zero, 1.0)
+        shared, weights, spread = self._shared(seen.length), seen.weights, seen.slices.spread
+        mixing = seen.zero.to(seen.length.dtype).clamp_(
+            min=self._of("momentum_mixing", seen.length)
+        )
         if seen.live is not None:
             mixing.masked_fill_(~seen.live, 0.0)
-        capacity = (1 - mixing) * shared.get("mean_capacity", torch.zeros_like(like)) + mixing
+        capacity = shared["mean_capacity"].lerp(torch.ones_like(mixing), mixing)
         shared["mean_capacity"] = capacity.masked_fill(seen.zero, 0.0)
-        means = [
-            self.state[m.weight].setdefault("mean", torch.zeros_like(m.weight)) for m in members
-        ]
-        for m, mean in zip(members, means, strict=True):
-            mean.mul_(m.part.along(1 - mixing, mean))
-            mean.addcmul_(m.gradient, m.part.along(mixing * share, mean))
-            mean.addcmul_(m.weight, m.part.along(-mixing * seen.radial, mean))
-        reach = self._lengths(members, means)
-        turn = self._turn(seen, reach, rate * reach / capacity.clamp(min=_tiny(like)))
-        for m, mean in zip(members, means, strict=True):
-            turned = mean * m.part.along(turn.follows, mean)
-            turned.addcmul_(m.weight, m.part.along(turn.leans, mean))
-            m.weight.mul_(m.part.along(turn.kept, mean))
-            m.weight.addcmul_(mean, m.part.along(turn.added, mean))
-            mean.copy_(turned)
-
-    def _lengths(self, members: list[_Member], entries: list[Tensor]) -> Tensor:
-        """Return the length of every fan-in's entries, `(fans,)`."""
-        total = members[0].weight.new_zeros(self.fans.count)
-        for m, values in zip(members, entries, strict=True):
-            m.part.added(total, squares(values, m.part.dim))
-        return total.sqrt_()
+        states = [self.state[weight] for weight in weights]
+        for state, weight in zip(states, weights, strict=True):
+            if "mean" not in state:
+                state["mean"] = torch.zeros_like(weight)
+        means = [state["mean"] for state in states]
+        torch._foreach_lerp_(means, seen.gradients, spread(mixing, means))
+        torch._foreach_addcmul_(means, weights, spread(mixing * seen.radial, means), value=-1)
+        reach = seen.slices.sums(joined(seen.slices.lengths(means)).square_()).sqrt_()
+        turn = self._turn(seen, reach, rate * reach / capacity.clamp_(min=_tiny(reach)))
+        turned = torch._foreach_mul(means, spread(turn.follows, means))
+        torch._foreach_addcmul_(turned, weights, spread(turn.leans, means))
+        _changed(seen, turn.kept, means, turn.added)
+        for state, mean in zip(states, turned, strict=True):
+            state["mean"] = mean
 
     @torch.no_grad()
-    def _straighten(self, grown: Grown) -> None:
+    def _straighten(self) -> None:
         """Take out of the means what is along the weights that are left (lines 31 to 35)."""
-        members = [m for m in self._parts() if "mean" in self.state[m.weight]]
-        if not members:
+        held = self._held()
+        parts = tuple(p for p in self.fans.parts if "mean" in self.state.get(held.get(p.path), {}))
+        if not parts:
             return
-        means = [self.state[m.weight]["mean"] for m in members]
-        length = self._lengths(members, [m.weight for m in members])
-        inner = torch.zeros_like(length)
-        for m, mean in zip(members, means, strict=True):
-            m.part.added(inner, dots(m.weight, mean, m.part.dim))
-        inner /= length.square().masked_fill_(length == 0, 1.0)
-        for m, mean in zip(members, means, strict=True):
-            mean.addcmul_(m.weight, m.part.along(inner, mean), value=-1)
+        slices, weights = Slices(parts, self.fans.count), [held[part.path] for part in parts]
+        means = [self.state[weight]["mean"] for weight in weights]
+        length = slices.sums(joined(slices.lengths(weights)).square_())
+        inner = slices.sums(joined(slices.dots(weights, means)))
+        inner /= length.masked_fill_(length == 0, 1.0)
+        torch._foreach_addcmul_(means, weights, slices.spread(-inner, means))
 
 
 def _tiny(like: Tensor) -> float:
     return torch.finfo(like.dtype).tiny
+
+
+def _changed(seen: _Seen, kept: Tensor, vectors: list[Tensor], added: Tensor) -> None:
+    """Multiply the fan-ins by `kept` and take away vectors of theirs times `added`."""
+    weights, spread = seen.weights, seen.slices.spread
+    torch._foreach_mul_(weights, spread(kept, weights))
+    torch._foreach_addcmul_(weights, vectors, spread(added, weights), value=-1)
 
 
 def _groups(graph: Graph, fans: Fans) -> list[dict[str, Any]]:

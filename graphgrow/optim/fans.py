@@ -7,7 +7,7 @@ it is all the weights that write one unit together, wherever they are, or all th
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -29,31 +29,70 @@ class Part:
     dim: int
     units: Tensor
 
+
+@dataclass(frozen=True, eq=False)
+class Slices:
+    """All slices of some parts, one after the other, and the fan of each, `(slices,)`.
+
+    Numbers of slices and numbers of fans go from one to the other here, for all parameters at once.
+    """
+
+    parts: tuple[Part, ...]
+    count: int
+
     @cached_property
-    def span(self) -> slice | None:
-        """The fans, where they are numbers in a row."""
-        first = int(self.units[0]) if len(self.units) else 0
-        row = torch.arange(first, first + len(self.units))
-        return slice(first, first + len(row)) if torch.equal(self.units, row) else None
+    def fans(self) -> Tensor | None:
+        """The fan of each slice, None where slices are the fans themselves, in order."""
+        fans = torch.cat([torch.arange(0), *(part.units for part in self.parts)])
+        return None if torch.equal(fans, torch.arange(self.count)) else fans
 
-    def added(self, total: Tensor, values: Tensor) -> None:
-        """Add a number of each slice, `(size,)`, to that of its fan, `(fans,)`."""
-        values = _like(values, total)
-        if self.span is not None:
-            total[self.span].add_(values)
-        else:
-            total.index_add_(0, self.units.to(total.device), values)
+    def sums(self, values: Tensor) -> Tensor:
+        """Return the sums over fans of numbers of slices, `(..., fans)`."""
+        if self.fans is None:
+            return values
+        total = values.new_zeros(*values.shape[:-1], self.count)
+        return total.index_add_(-1, self.fans.to(values.device), values)
 
-    def along(self, values: Tensor, tensor: Tensor) -> Tensor:
-        """Return numbers of fans, `(fans,)`, slice by slice, in a shape to multiply a tensor by."""
-        at = self.units.to(values.device) if self.span is None else self.span
-        shape = [-1 if d == self.dim else 1 for d in range(tensor.dim())]
-        return _like(values[at], tensor).reshape(shape)
+    def spread(self, values: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Return numbers of fans, `(fans,)`, by part, in shapes to multiply its tensor by."""
+        each = values if self.fans is None else values[self.fans.to(values.device)]
+        columns = each[:, None].split([len(part.units) for part in self.parts])
+        return [
+            _like(column, tensor).reshape(_along(part.dim, tensor))
+            if part.dim or tensor.dim() != 2
+            else _like(column, tensor)
+            for column, part, tensor in zip(columns, self.parts, tensors, strict=True)
+        ]
+
+    def lengths(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Return the length of every slice of a tensor for each part, `(size of dim,)`."""
+        pairs = zip(tensors, self.parts, strict=True)
+        return [torch.linalg.vector_norm(_slices(t, part.dim), dim=1) for t, part in pairs]
+
+    def dots(self, first: Sequence[Tensor], second: Sequence[Tensor]) -> list[Tensor]:
+        """Return the dot products of the slices of two tensors for each part."""
+        found = zip(first, second, self.parts, strict=True)
+        return [torch.linalg.vecdot(_slices(a, p.dim), _slices(b, p.dim)) for a, b, p in found]
+
+
+def joined(pieces: Sequence[Tensor]) -> Tensor:
+    """Return the numbers of the slices of all parts as one, in type and place of the first."""
+    return torch.cat([_like(piece, pieces[0]) for piece in pieces])
 
 
 def _like(values: Tensor, other: Tensor) -> Tensor:
     same = values.dtype == other.dtype and values.device == other.device
     return values if same else values.to(other)
+
+
+def _along(dim: int, tensor: Tensor) -> list[int]:
+    return [-1 if d == dim else 1 for d in range(tensor.dim())]
+
+
+def _slices(tensor: Tensor, dim: int) -> Tensor:
+    if dim == 0 and tensor.dim() == 2:
+        return tensor
+    return tensor[:, None] if tensor.dim() == 1 else tensor.movedim(dim, 0).flatten(1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,26 +109,15 @@ class Fans:
     count: int
     parts: tuple[Part, ...]
 
+    @cached_property
+    def slices(self) -> Slices:
+        """The slices of all parts."""
+        return Slices(self.parts, self.count)
+
     def named(self, name: str) -> range:
         """Return the numbers of the fans of the bundle of that name."""
         at = self.names.index(name)
         return range(self.starts[at], [*self.starts, self.count][at + 1])
-
-
-def dots(first: Tensor, second: Tensor, dim: int) -> Tensor:
-    """Return the dot products of the slices of two tensors along a dim, `(size of dim,)`."""
-    return torch.linalg.vecdot(_slices(first, dim), _slices(second, dim))
-
-
-def squares(tensor: Tensor, dim: int) -> Tensor:
-    """Return the squared lengths of the slices of a tensor along a dim, `(size of dim,)`."""
-    return torch.linalg.vector_norm(_slices(tensor, dim), dim=1).square()
-
-
-def _slices(tensor: Tensor, dim: int) -> Tensor:
-    if dim == 0 and tensor.dim() == 2:
-        return tensor
-    return tensor[:, None] if tensor.dim() == 1 else tensor.movedim(dim, 0).flatten(1)
 
 
 def fan_ins(graph: Graph) -> Fans:

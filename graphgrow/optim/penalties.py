@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from graphgrow.optim.fans import Fans, squares
+from graphgrow.optim.fans import Fans, joined
 
 
 def penalty(fans: Fans, state: Mapping[str, Tensor], strength: float, *, p: int = 2) -> Tensor:
@@ -51,8 +51,9 @@ def shrink(fans: Fans, state: Mapping[str, Tensor], amount: float, *, p: int = 2
     length = _squares(fans, state).sqrt_()
     tiny = torch.finfo(length.dtype).tiny
     kept = (1 - amount / length.clamp(min=tiny)).clamp(min=0.0)
-    for part in fans.parts:
-        state[part.path].mul_(part.along(kept, state[part.path]))
+    tensors = [state[part.path] for part in fans.parts]
+    for tensor, factor in zip(tensors, fans.slices.spread(kept, tensors), strict=True):
+        tensor.mul_(factor)
 
 
 def _check(what: str, strength: float, p: int) -> None:
@@ -65,8 +66,7 @@ def _check(what: str, strength: float, p: int) -> None:
 
 
 def _squares(fans: Fans, state: Mapping[str, Tensor]) -> Tensor:
-    first = next((state[part.path] for part in fans.parts), torch.zeros(()))
-    total = first.new_zeros(fans.count)
-    for part in fans.parts:
-        part.added(total, squares(state[part.path], part.dim))
-    return total
+    if not fans.parts:
+        return torch.zeros(0)
+    lengths = fans.slices.lengths([state[part.path] for part in fans.parts])
+    return fans.slices.sums(joined(lengths).square())
