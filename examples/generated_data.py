@@ -1,10 +1,11 @@
-"""Data sets of Philipp and Carbonell (2017) re-generated: poker hands and convex images.
+"""Data sets of Philipp and Carbonell (2017) re-generated: poker hands, convex, rectangles-images.
 
 The original files are not to be had. Poker hands are dealt evenly and labelled by the rules; theirs
 (OpenML 354) are the same hands in an encoding of 14 features that is not documented, and a label of
 two classes, which is taken to be "nothing" against "anything" here. Convex images are drawn as
 Larochelle et al. (2007) describe them; how they draw half-planes they do not say, so these differ
-in difficulty from theirs.
+in difficulty from theirs. Rectangles are drawn as they say, but filled with noise that has the
+spectrum of photographs where they have photographs.
 """
 
 import numpy as np
@@ -132,3 +133,48 @@ def convex(count, seed=0):
         images[open_[kept]] = unions[kept]
         open_ = open_[~kept]
     return images.astype(np.float32), labels
+
+
+# ------------------------------------------------------------------------------ rectangles-images
+
+SMALLEST, DIFFERENCE = 10, 5  # the least side of a rectangle, and the least height − width
+
+
+def rectangles(count, seed=0):
+    """Return images `(count, 784)` from 0 to 1 and whether the rectangle is tall (1) or wide (0).
+
+    A rectangle out of one picture lies upon another; its sides are drawn evenly until they differ
+    enough, then its place.
+    """
+    draws = np.random.default_rng(seed)
+    height, width, top, left = sides(draws, count)
+    rows = np.arange(SIDE)
+    inside = (rows >= top[:, None]) & (rows < (top + height)[:, None])
+    inside = (
+        inside[:, :, None] & ((rows >= left[:, None]) & (rows < (left + width)[:, None]))[:, None]
+    )
+    images = np.where(inside, pictures(draws, count), pictures(draws, count))
+    return images.reshape(count, -1).astype(np.float32), (height > width).astype(np.int64)
+
+
+def sides(draws, count):
+    """Return height, width, top and left of rectangles, `(count,)` each."""
+    both = np.empty((0, 2), dtype=int)
+    while len(both) < count:
+        drawn = draws.integers(SMALLEST, SIDE + 1, (2 * count + 16, 2))
+        both = np.concatenate([both, drawn[np.abs(drawn[:, 0] - drawn[:, 1]) >= DIFFERENCE]])
+    height, width = both[:count].T
+    return height, width, draws.integers(0, SIDE - height + 1), draws.integers(0, SIDE - width + 1)
+
+
+def pictures(draws, count):
+    """Return noise whose amplitudes fall with the frequency, as those of photographs do."""
+    frequency = np.hypot(np.fft.fftfreq(2 * SIDE)[:, None], np.fft.rfftfreq(2 * SIDE))
+    frequency[0, 0] = 1 / (2 * SIDE)
+    found = np.empty((count, SIDE, SIDE), dtype=np.float32)
+    for first in range(0, count, 2000):  # an image of four times the size does not wrap around
+        white = draws.standard_normal((min(2000, count - first), 2 * SIDE, 2 * SIDE))
+        noise = np.fft.irfft2(np.fft.rfft2(white) / frequency)[:, :SIDE, :SIDE]
+        found[first : first + len(noise)] = noise
+    found -= found.mean()
+    return (0.5 + 0.2 * found / found.std()).clip(0, 1)

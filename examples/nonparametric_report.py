@@ -1,7 +1,8 @@
-"""MNIST's files, and what there is to say and draw of a nonparametric training run."""
+"""MNIST's files, and what there is to say and draw of nonparametric training runs."""
 
 import gzip
 import os
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
@@ -17,8 +18,14 @@ FILES = [
 CHECK_EVERY = 20  # epochs between two checks that a turnover keeps the outputs
 
 
+def standardised(x, seen, dim=None):
+    """Return inputs less the mean of those `seen`, over their deviation, by feature for dim 0."""
+    mean, deviation = (seen.mean(), seen.std()) if dim is None else (seen.mean(dim), seen.std(dim))
+    return (x - mean) / deviation
+
+
 def mnist():
-    """Return images and labels for training and test, None with a word why where there are none."""
+    """Return standardised images and labels for training and test, None where there are none."""
     folder = os.environ.get("GRAPHGROW_DATA")
     if not folder or not all((Path(folder) / name).exists() for name in FILES):
         print(f"skipped: set GRAPHGROW_DATA to a directory with {', '.join(FILES)}")
@@ -29,7 +36,8 @@ def mnist():
         found.append(
             torch.frombuffer(bytearray(raw), dtype=torch.uint8)[16 if "images" in name else 8 :]
         )
-    images = [t.reshape(-1, 784).float() / 255 for t in found[::2]]
+    images = [t.reshape(-1, 784).float() for t in found[::2]]
+    images = [standardised(x, images[0][:50_000]) for x in images]
     return (images[0], found[1].long()), (images[1], found[3].long())
 
 
@@ -150,3 +158,37 @@ def draw_lengths(panel, run, axis):
                 if birth in lengths[axis][0]
             ]
             panel.plot(*zip(*points, strict=True), color, lw=0.8)
+
+
+def save_tasks(results, tasks, path):
+    """Draw the test errors over the numbers of weights, one panel a task, as in figure 2."""
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError:
+        print(f"cannot draw '{path}': matplotlib is not installed")
+        return
+    figure, panels = plt.subplots(1, len(results), figsize=(5 * len(results), 4.5), squeeze=False)
+    for panel, (name, found) in zip(panels[0], results.items(), strict=True):
+        for kind, color in (("nonparametric", "black"), ("RMSprop", "red"), ("SGD", "blue")):
+            points = [(weights(widths), 100 * errors[kind]) for widths, errors in found.values()]
+            panel.plot(*zip(*points, strict=True), "s", color=color, label=kind)
+        ends = next(iter(found.values()))[0]
+        ours = {p: (size, one) for p, (size, one, _) in tasks[name].paper.items() if p in found}
+        points = [
+            (weights((ends[0], *map(int, size.split("-")), ends[-1])), 100 * one)
+            for size, one in ours.values()
+        ]
+        if points:
+            panel.plot(*zip(*points, strict=True), "x", color="grey", label="paper, nonparametric")
+        for penalty, (widths, errors) in found.items():
+            at = weights(widths), 100 * errors["nonparametric"]
+            panel.annotate(f"λ = {penalty:g}\n" + "-".join(map(str, widths[1:-1])), at, fontsize=7)
+        panel.set(title=name, xlabel="weights", ylabel="test error, %", xscale="log")
+        panel.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+def weights(widths):
+    """Return the number of weights of layers from one of these widths to the next."""
+    return sum(a * b for a, b in pairwise(widths))

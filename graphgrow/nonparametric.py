@@ -64,13 +64,14 @@ def turn_over(
 ) -> Turnover | None:
     """Return the graph without its zero units and with `add` new ones on each axis, None as it was.
 
-    A unit is zero if all weights that write it are; two units of an axis stay even so, because a
-    dim of size one is no axis to analysis and could not grow again. What a unit adds as a constant,
-    σ(0) or that of a bias, goes to the biases of its readers. New units have random incoming
-    weights of expected length `length`, and nothing reads them yet; where `add` is no whole number,
-    that many are added on average (Poisson). `axes` are those that may change; left out, all that
-    can be widened. With `skip`, an axis that refuses stays as it is and the sentence is in
-    `skipped`. However many units go, each axis is rewritten once for them.
+    A unit is zero if all weights that write it are. Two units of an axis stay even so, which the
+    paper does not ask for: at one unit, what is broadcast over the axis (the statistics of a
+    CapNorm) can no longer be told from what is not, and the axis could not grow again. What a unit
+    adds as a constant, σ(0) or that of a bias, goes to the biases of its readers. New units have
+    random incoming weights of expected length `length`, and nothing reads them yet; where `add` is
+    no whole number, that many are added on average (Poisson). `axes` are those that may change;
+    left out, all that can be widened. With `skip`, an axis that refuses stays as it is and the
+    sentence is in `skipped`. However many units go, each axis is rewritten once for them.
 
     A norm's running mean still remembers a unit that has just become zero, so that in eval mode it
     is not zero yet; the mean is set to what arrives there first, which train mode does not see.
@@ -213,14 +214,15 @@ class Progress:
     """How far a training run is: a value that `Protocol.after` returns, of plain numbers.
 
     `phase` is "grow" (units come and go), "settle" (they only go), "free" (no penalty), "anneal"
-    (smaller steps) or "done". `evaluations` counts all, those that were rewound too. `best` is the
-    lowest error so far in this phase, `mark` the evaluation to which to rewind and `marked` its
-    error. After an evaluation, `keep` says that this is what to rewind to from now on, `rewind` to
-    go back to what was kept.
+    (smaller steps) or "done". `evaluations` counts all, those that were rewound too, `began` those
+    before this phase (or this step size). `best` is the lowest error so far in this phase, `mark`
+    the evaluation to which to rewind and `marked` its error. After an evaluation, `keep` says that
+    this is what to rewind to from now on, `rewind` to go back to what was kept.
     """
 
     phase: str = "grow"
     evaluations: int = 0
+    began: int = 0
     best: float = math.inf
     mark: int = 0
     marked: float = math.inf
@@ -248,7 +250,8 @@ class Protocol:
     without adding until no unit was removed and the error has not improved for `patience`, rewind,
     drop the penalty; go on until it has not improved for `patience`, rewind, divide the step size
     by `divisor`; from then on divide whenever it has not improved for `fine_patience`, and be done
-    when the error never moved in that time. A run is resumed from its last `Progress` and what it
+    when the error never moved in that time. Where a run must not take long, each of these ends
+    after `longest` evaluations in any case. A run is resumed from its last `Progress` and what it
     kept.
 
     Source: Philipp and Carbonell (2017), section 7.4.1 (an evaluation is an epoch there; for poker,
@@ -259,6 +262,7 @@ class Protocol:
     patience: int = 100
     fine_patience: int = 5
     divisor: float = 3.0
+    longest: int | None = None
 
     def after(self, progress: Progress, error: float, *, removed: int = 0) -> Progress:
         """Return the progress after an evaluation, `removed` units having gone since the last."""
@@ -274,9 +278,10 @@ class Protocol:
             rewind=False,
         )
         if now.keep:
-            return replace(now, mark=now.evaluations, marked=error)
+            now = replace(now, mark=now.evaluations, marked=error)
         patient = self.fine_patience if now.divisions else self.patience
-        return now if now.evaluations - now.mark < patient else self._next(now)
+        over = self.longest is not None and now.evaluations - now.began >= self.longest
+        return self._next(now) if over or now.evaluations - now.mark >= patient else now
 
     def _next(self, now: Progress) -> Progress:
         following = {"grow": "settle", "settle": "free", "free": "anneal", "anneal": "anneal"}
@@ -290,6 +295,7 @@ class Protocol:
             divisions=divisions,
             best=now.marked,
             mark=now.evaluations,
+            began=now.evaluations,
             moved=False,
             rewind=True,
         )

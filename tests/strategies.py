@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import graphgrow as gg
+from graphgrow.nn import CapNorm
 
 # ------------------------------------------------------------------------------ ordinary PyTorch
 
@@ -343,6 +344,8 @@ def _activation(draw: st.DrawFn, taste: _Taste, shape: Shape) -> nn.Module:
 
 
 def _norm(draw: st.DrawFn, taste: _Taste, shape: Shape) -> nn.Module:
+    if draw(st.integers(0, 3)) == 3:
+        return CapNorm(shape[0])
     kind = nn.BatchNorm2d if len(shape) == 3 else nn.BatchNorm1d
     eps = draw(st.sampled_from([1e-5, 1e-3]))
     return kind(shape[0], eps=eps, affine=draw(st.integers(0, 3)) > 0)
@@ -586,22 +589,33 @@ def branchings(draw: st.DrawFn, graph: gg.Graph) -> gg.Branch:
     return gg.Branch(source, target, draw(st.sampled_from([gg.Skip(), residual])))
 
 
-def requests(graph: gg.Graph, both: bool = True) -> st.SearchStrategy[Any]:
+def cappings(graph: gg.Graph) -> st.SearchStrategy[gg.Cap]:
+    """Return requests to put CapNorm for a module, mostly for a batch norm."""
+    places = gg.Cap.places(graph) or [""]
+    return st.builds(gg.Cap, st.sampled_from(places * 3 + list(graph.modules)))
+
+
+def requests(graph: gg.Graph, both: bool = True, exact: bool = True) -> st.SearchStrategy[Any]:
     """Return requests for any rewrite of a graph, also such as have an obstacle."""
     wider = st.one_of(widenings(graph), given_widenings(graph))
-    return st.one_of(wider, deepenings(graph, both), removals(graph), branchings(graph))
+    kinds = [wider, deepenings(graph, both), removals(graph), branchings(graph)]
+    return st.one_of(*kinds) if exact else st.one_of(*kinds, cappings(graph))
 
 
-def rewrites(graph: gg.Graph, both: bool = True) -> st.SearchStrategy[Any]:
-    """Return rewrites that are applicable to a graph, exact in `both` modes or in one at least."""
-    return requests(graph, both).filter(lambda rewrite: rewrite.obstacle(graph) is None)
+def rewrites(graph: gg.Graph, both: bool = True, exact: bool = True) -> st.SearchStrategy[Any]:
+    """Return rewrites that are applicable to a graph, exact in `both` modes or in one at least.
+
+    Without `exact`, also such as change what the graph computes.
+    """
+    found = requests(graph, both, exact)
+    return found.filter(lambda rewrite: rewrite.obstacle(graph) is None)
 
 
 @st.composite
 def sequences(draw: st.DrawFn, graph: gg.Graph) -> tuple[Any, ...]:
-    """Return two to four rewrites, each applicable after those before it."""
+    """Return two to four rewrites, each applicable after those before it, not all of them exact."""
     made: list[Any] = []
     for _ in range(draw(st.integers(2, 4))):
-        made.append(draw(rewrites(graph)))
+        made.append(draw(rewrites(graph, exact=False)))
         graph = gg.apply(graph, made[-1], verify=False).graph
     return tuple(made)

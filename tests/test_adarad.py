@@ -25,10 +25,12 @@ class Literal:
     part `share`.
     """
 
-    def __init__(self, weights, angular, radial, penalty, share, mixing, eps, arithmetic=None):
+    def __init__(
+        self, weights, angular, radial, penalty, share, mixing, eps, arithmetic=None, limit=math.inf
+    ):
         self.weights, self.angular, self.radial = weights, angular, radial
         self.penalty, self.share, self.mixing, self.eps = penalty, share, mixing, eps
-        self.arithmetic = arithmetic
+        self.arithmetic, self.limit = arithmetic, limit
         self.most = self.most_capacity = 0.0  # 2
         self.mean = [torch.zeros_like(w) for w in weights]
         self.square = [[0.0] * w.shape[1] for w in weights]  # 4
@@ -56,7 +58,9 @@ class Literal:
             across = mean / self.mean_capacity[layer][j]
         own = math.sqrt(self.square[layer][j] / self.capacity[layer][j] + self.eps)  # 14
         adjusted = math.sqrt(self.most / self.most_capacity) / own * across
-        weight = weight - self.radial * along  # 15
+        change = self.radial * along  # 15
+        length = float(change.norm() / weight.norm())
+        weight = weight - change * min(1.0, self.limit / length if length else 1.0)
         angle = self.angular * float(adjusted.norm())
         before = weight
         if angle > 0:
@@ -109,12 +113,16 @@ sizes = st.lists(st.integers(1, 5), min_size=2, max_size=4)
     radial=st.sampled_from([0.0, 0.1, 5.0]),
     penalty=st.sampled_from([0.0, 0.01, 0.1]),
     mixing=st.sampled_from([0.005, 0.3]),
+    limit=st.sampled_from([math.inf, 0.3]),
 )
-def test_steps_are_those_of_the_algorithm(kind, sizes, seed, angular, radial, penalty, mixing):
+def test_steps_are_those_of_the_algorithm(
+    kind, sizes, seed, angular, radial, penalty, mixing, limit
+):
+    """The algorithm has no limit, or one that is infinite."""
     model = mlp(*sizes, seed=seed)
     weights = [layer.weight.detach().T.clone() for layer in model[::2]]
     momentum = 0.2 if kind is gg.AdaRadM else None
-    literal = Literal(weights, angular, radial, penalty, 0.1, mixing, 1e-8, momentum)
+    literal = Literal(weights, angular, radial, penalty, 0.1, mixing, 1e-8, momentum, limit)
     more = {} if momentum is None else {"momentum_mixing": momentum}
     optimizer = kind(
         traced(model),
@@ -123,6 +131,7 @@ def test_steps_are_those_of_the_algorithm(kind, sizes, seed, angular, radial, pe
         penalty=penalty,
         share=0.1,
         mixing=mixing,
+        radial_limit=limit,
         **more,
     )
     for t in range(6):
@@ -231,9 +240,22 @@ def test_a_fan_in_is_all_that_writes_a_unit() -> None:
     }
 
 
+def test_a_fan_in_of_a_grouped_transposed_convolution_is_of_a_group_and_a_unit_in_it() -> None:
+    """Its weight has the units of all groups in dim 0 and those inside a group in dim 1."""
+    layer = nn.ConvTranspose2d(6, 4, 2, groups=2).double()
+    model = nn.Sequential(nn.Conv2d(3, 6, 1, bias=False).double(), layer)
+    fans = fan_ins(gg.trace(model, noise(torch.empty(1, 3, 4, 4, dtype=torch.double), 0)))
+    weight, bias = (next(p for p in fans.parts if p.path == f"1.{n}") for n in ("weight", "bias"))
+    units = weight.units.reshape(6, 2)
+    assert weight.dims == (0, 1) and bias.units.unique().numel() == 4
+    for group in range(2):
+        for unit in range(2):
+            assert (units[3 * group : 3 * group + 3, unit] == bias.units[2 * group + unit]).all()
+
+
 def test_a_fan_out_is_all_that_reads_a_unit() -> None:
     fans = fan_outs(stage()[1])
-    found = {part.path: (part.dim, len(set(part.units.tolist()))) for part in fans.parts}
+    found = {part.path: (part.dims[0], len(set(part.units.tolist()))) for part in fans.parts}
     assert found["last.weight"] == (1, 5)  # sixteen places are one unit
     assert found["inner.weight"] == (1, 4) and found["stem.weight"] == (1, 3)
     stem = {p.path for p in fans.parts if set(p.units.tolist()) & set(fans.named("stem"))}
@@ -294,7 +316,7 @@ def test_a_zero_fan_in_stays_zero_unless_its_gradient_is_longer_than_the_penalty
     assert torch.allclose(model[0].weight, expected, rtol=0, atol=1e-15)
 
 
-@pytest.mark.parametrize("name", ["lr", "radial_lr", "penalty", "share", "mixing", "eps"])
+@pytest.mark.parametrize("name", ["lr", "radial_lr", "penalty", "share", "mixing", "radial_limit"])
 def test_negative_settings_are_refused(name: str) -> None:
     settings = {"lr": 1.0, "radial_lr": 1.0, "penalty": 1.0} | {name: -0.5}
     with pytest.raises(ValueError, match=rf"cannot make AdaRad: {name} is -0.5; give a number"):
@@ -455,7 +477,8 @@ def test_any_network_steps_grows_and_steps(kind, net, seed: int) -> None:
         fans = gg.fan_ins(now)
         total = torch.zeros(fans.count).double()
         for part in fans.parts:
-            weight = now.state[part.path].detach().movedim(part.dim, 0)
+            dims = tuple(range(len(part.dims)))
+            weight = now.state[part.path].detach().movedim(part.dims, dims)
             total.index_add_(0, part.units, weight.reshape(len(part.units), -1).square().sum(1))
         return total.sqrt()
 

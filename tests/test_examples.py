@@ -15,7 +15,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 # The demo in full takes most of a minute: here it grows one network, a tenth as long.
 SHORT = {
     "digits.py": ["--steps", "100", "--seeds", "1"],
-    "nonparametric_tasks.py": "poker --hands 4000 --ticks 4 --penalty 1e-3".split(),
+    "nonparametric_tasks.py": "poker rectangles --hands 4000 --ticks 2 --penalty 1e-3".split(),
     "nonparametric_mnist.py": "--grow 3 --settle 1 --scratch 1 --images 5000".split(),
 }
 NEEDS_DATA = {"nonparametric_mnist.py"}

@@ -79,7 +79,33 @@ def test_small_shapes_are_told_apart(rows: list[str], convex: bool) -> None:
     assert data.is_convex(image.reshape(-1)) == convex
 
 
+def test_rectangles_are_tall_or_wide_as_often_and_of_the_published_sizes() -> None:
+    """Published: half of the images are of each class; sides from 10, and differ by 5 or more."""
+    images, labels = data.rectangles(4000)
+    assert abs(labels.mean() - 0.5) < 5 * 0.5 / 4000**0.5
+    assert images.min() >= 0 and images.max() <= 1 and images.shape == (4000, 784)
+    height, width, top, left = data.sides(np.random.default_rng(0), 4000)
+    assert ((height > width) == labels.astype(bool)).all()
+    assert min(height.min(), width.min()) == 10 and max(height.max(), width.max()) == 28
+    assert np.abs(height - width).min() == 5
+    assert (top + height).max() == (left + width).max() == 28 and min(top.min(), left.min()) == 0
+
+
+def test_a_rectangle_is_another_picture_than_what_is_around_it() -> None:
+    """Steps of brightness are larger across its border than elsewhere, and nothing else tells."""
+    images, labels = data.rectangles(3000)
+    images = images.reshape(-1, 28, 28)
+    _, _, top, left = data.sides(np.random.default_rng(0), 3000)
+    step = np.abs(np.diff(images, axis=1))
+    inner = [k for k in range(3000) if top[k] > 0]
+    across = np.mean([step[k, top[k] - 1, left[k] : left[k] + 10].mean() for k in inner])
+    within = np.mean([step[k, top[k] + 1, left[k] : left[k] + 10].mean() for k in inner])
+    assert across > 1.7 * within
+    means = [images[labels == k].mean() for k in (0, 1)]
+    assert abs(means[0] - means[1]) < 0.01
+
+
 def test_the_same_seed_gives_the_same_data() -> None:
-    for make in (data.poker, data.convex):
+    for make in (data.poker, data.convex, data.rectangles):
         (x, y), (again, labels) = make(50, seed=3), make(50, seed=3)
         assert (x == again).all() and (y == labels).all()

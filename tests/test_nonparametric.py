@@ -128,6 +128,12 @@ def test_a_fractional_rate_is_met_on_average() -> None:
     assert total / 300 == pytest.approx(0.4, abs=0.1)
 
 
+def test_with_one_unit_an_axis_under_capnorm_could_not_grow_again() -> None:
+    """Which is why two stay."""
+    layers = nn.Linear(4, 1), CapNorm(1), nn.ReLU(), nn.Linear(1, 3)
+    assert "0" not in gg.trace(nn.Sequential(*layers).double(), noise(9, 4)).axes
+
+
 def test_the_same_generator_adds_the_same_units() -> None:
     graph = gg.trace(network(), noise(9, 4))
 
@@ -309,6 +315,26 @@ def test_the_protocol_is_that_of_section_7_4() -> None:
         "anneal2 on",
         "done2 rewind",  # the steps are too small to change the error
     ]
+
+
+def test_no_phase_is_longer_than_it_may_be() -> None:
+    protocol, progress, phases = (
+        gg.Protocol(patience=9, fine_patience=9, longest=3),
+        gg.Progress(),
+        [],
+    )
+    for error in range(100, 85, -1):  # always better
+        progress = protocol.after(progress, error)
+        assert progress.keep
+        phases.append(f"{progress.phase}{progress.divisions} {progress.rewind}")
+    assert phases[2::3] == [
+        "settle0 True",
+        "free0 True",
+        "anneal1 True",
+        "anneal2 True",
+        "anneal3 True",
+    ]
+    assert not any("True" in phase for k, phase in enumerate(phases) if k % 3 < 2)
 
 
 def test_the_settings_follow_the_phase() -> None:

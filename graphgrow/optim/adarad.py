@@ -5,6 +5,7 @@ Source: Philipp and Carbonell (2017), Nonparametric Neural Networks, algorithms 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -64,7 +65,9 @@ class AdaRad(Optimizer):
     fan-in regulariser of strength `penalty`. `share` is the size of a batch over that of the
     training set: gradients, which are to be those of the mean loss of a batch, are multiplied by it
     too, as in the paper, so that step sizes are by epoch, and a fan-in of length 1, left to itself,
-    is gone after 1 / (radial_lr * penalty) epochs.
+    is gone after 1 / (radial_lr * penalty) epochs. Where that makes radial steps so large that they
+    jump over the length they aim at (a small penalty), `radial_limit` bounds the part of its length
+    that the gradient may change in one step; where the length comes to rest stays the same.
 
     What is a fan-in is read off the axes of `graph` (`fans.fan_ins`). `param_groups` has one group
     for each bundle of axes, under the `name` of its first, whose settings may be changed; the group
@@ -92,10 +95,12 @@ class AdaRad(Optimizer):
         mixing: float = 0.005,
         eps: float = 1e-8,
         rest_lr: float = 0.1,
+        radial_limit: float = math.inf,
         **more: float,
     ) -> None:
         settings = {"lr": lr, "radial_lr": radial_lr, "penalty": penalty, "share": share}
-        settings |= {"mixing": mixing, "eps": eps, "rest_lr": rest_lr, **more}
+        settings |= {"mixing": mixing, "eps": eps, "rest_lr": rest_lr}
+        settings |= {"radial_limit": radial_limit, **more}
         for name, value in settings.items():
             if not value >= 0:
                 raise ValueError(
@@ -218,7 +223,8 @@ class AdaRad(Optimizer):
         """
         like, zero, angle = seen.length, seen.zero, angle.masked_fill(seen.zero, torch.pi / 2)
         step = self._of("radial_lr", like) * self._of("share", like)
-        kept = 1 - seen.radial * step
+        limit = self._of("radial_limit", like)
+        kept = 1 - (seen.radial * step).clamp(min=-limit, max=limit)
         after = torch.where(zero, reach * step, kept.abs() * like)
         left = (after - step * self._of("penalty", like)).clamp_(min=0.0)
         cosine, sine, before = angle.cos(), angle.sin(), like.copysign(kept)
@@ -303,9 +309,11 @@ class AdaRadM(AdaRad):
         momentum_mixing: float = 0.1,
         eps: float = 1e-8,
         rest_lr: float = 0.1,
+        radial_limit: float = math.inf,
     ) -> None:
         settings = {"lr": lr, "radial_lr": radial_lr, "penalty": penalty, "share": share}
         settings |= {"mixing": mixing, "eps": eps, "rest_lr": rest_lr}
+        settings |= {"radial_limit": radial_limit}
         super().__init__(graph, momentum_mixing=momentum_mixing, **settings)
 
     def _shared(self, like: Tensor) -> dict[str, Tensor]:
@@ -389,10 +397,13 @@ def _sources(before: Fans, after: Fans, grown: Grown) -> Tensor:
     """Return the old number of every fan-in of the grown graph, −1 for a new one, `(fans,)`."""
     source, old = torch.full((after.count,), -1), {part.path: part for part in before.parts}
     for part in after.parts:
-        if part.path in old and old[part.path].dim == part.dim:
-            units, origin = old[part.path].units, grown.origin.get(part.path)
-            index = None if origin is None else origin.dims[part.dim]
-            if index is not None:
-                units = units[index.clamp(min=0)].masked_fill(index < 0, -1)
-            source[part.units] = torch.maximum(source[part.units], units)
+        if part.path in old and old[part.path].dims == part.dims:
+            origin, shape = grown.origin.get(part.path), grown.before.state[part.path].shape
+            units = old[part.path].units.reshape([shape[d] for d in part.dims])
+            for k, d in enumerate(part.dims):
+                index = None if origin is None else origin.dims[d]
+                if index is not None:
+                    new = (index < 0).reshape([-1 if j == k else 1 for j in range(len(part.dims))])
+                    units = units.index_select(k, index.clamp(min=0)).masked_fill(new, -1)
+            source[part.units] = torch.maximum(source[part.units], units.reshape(-1))
     return source

@@ -7,8 +7,9 @@ it is all the weights that write one unit together, wherever they are, or all th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import networkx as nx
@@ -23,11 +24,27 @@ from graphgrow.ir.rules import Kind
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """The slices of one parameter along one dim: `units` has the fan of each, `(size,)`."""
+    """The slices of one parameter at all places in some dims, row-major.
+
+    `units` has the fan of each slice. The dims are one but where groups are a dim of their own, as
+    in a transposed convolution.
+    """
 
     path: str
-    dim: int
+    dims: tuple[int, ...]
     units: Tensor
+
+    def rows(self, tensor: Tensor) -> Tensor:
+        """Return the slices of a tensor, `(slices, entries)`."""
+        if self.dims == (0,) and tensor.dim() == 2:
+            return tensor
+        return tensor.movedim(self.dims, tuple(range(len(self.dims)))).reshape(len(self.units), -1)
+
+    def column(self, values: Tensor, tensor: Tensor) -> Tensor:
+        """Return a number for each slice, `(slices, 1)`, in a shape to multiply a tensor by."""
+        if self.dims == (0,) and tensor.dim() == 2:
+            return values
+        return values.reshape([n if d in self.dims else 1 for d, n in enumerate(tensor.shape)])
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,22 +74,18 @@ class Slices:
         """Return numbers of fans, `(fans,)`, by part, in shapes to multiply its tensor by."""
         each = values if self.fans is None else values[self.fans.to(values.device)]
         columns = each[:, None].split([len(part.units) for part in self.parts])
-        return [
-            _like(column, tensor).reshape(_along(part.dim, tensor))
-            if part.dim or tensor.dim() != 2
-            else _like(column, tensor)
-            for column, part, tensor in zip(columns, self.parts, tensors, strict=True)
-        ]
+        found = zip(self.parts, columns, tensors, strict=True)
+        return [part.column(_like(column, tensor), tensor) for part, column, tensor in found]
 
     def lengths(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Return the length of every slice of a tensor for each part, `(size of dim,)`."""
-        pairs = zip(tensors, self.parts, strict=True)
-        return [torch.linalg.vector_norm(_slices(t, part.dim), dim=1) for t, part in pairs]
+        """Return the length of every slice of a tensor for each part."""
+        pairs = zip(self.parts, tensors, strict=True)
+        return [torch.linalg.vector_norm(part.rows(tensor), dim=1) for part, tensor in pairs]
 
     def dots(self, first: Sequence[Tensor], second: Sequence[Tensor]) -> list[Tensor]:
         """Return the dot products of the slices of two tensors for each part."""
-        found = zip(first, second, self.parts, strict=True)
-        return [torch.linalg.vecdot(_slices(a, p.dim), _slices(b, p.dim)) for a, b, p in found]
+        found = zip(self.parts, first, second, strict=True)
+        return [torch.linalg.vecdot(part.rows(a), part.rows(b)) for part, a, b in found]
 
 
 def joined(pieces: Sequence[Tensor]) -> Tensor:
@@ -83,16 +96,6 @@ def joined(pieces: Sequence[Tensor]) -> Tensor:
 def _like(values: Tensor, other: Tensor) -> Tensor:
     same = values.dtype == other.dtype and values.device == other.device
     return values if same else values.to(other)
-
-
-def _along(dim: int, tensor: Tensor) -> list[int]:
-    return [-1 if d == dim else 1 for d in range(tensor.dim())]
-
-
-def _slices(tensor: Tensor, dim: int) -> Tensor:
-    if dim == 0 and tensor.dim() == 2:
-        return tensor
-    return tensor[:, None] if tensor.dim() == 1 else tensor.movedim(dim, 0).flatten(1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,10 +132,10 @@ def fan_ins(graph: Graph) -> Fans:
     and Carbonell (2017), equation 2, where layers have neither biases nor branches.
     """
     analysis = graph.analysis
-    writing: dict[str, tuple[ParameterDim, str]] = {}
+    writing: dict[str, _Site] = {}
     for axis in analysis.axes.values():
         for at in axis.producers:
-            writing.setdefault(at.path, (at, ""))
+            writing.setdefault(at.path, _site(graph, at))
     for step in analysis.steps:
         if step.row.kind is Kind.CONTRACT:
             _filters(graph, step, writing)
@@ -148,11 +151,28 @@ def fan_outs(graph: Graph) -> Fans:
     A parameter that is read in two of its dims counts in the first. Source: Philipp and Carbonell
     (2017), equation 3.
     """
-    reading: dict[str, tuple[ParameterDim, str]] = {}
+    reading: dict[str, _Site] = {}
     for axis in graph.analysis.axes.values():
         for at in axis.consumers:
-            reading.setdefault(at.path, (at, ""))
+            reading.setdefault(at.path, _site(graph, at))
     return _fans(graph, reading.values())
+
+
+@dataclass(frozen=True)
+class _Site:
+    """The dims of a parameter whose places are units of some axes.
+
+    Sites that share axes are of one bundle, unless they stand for themselves (`own`, their path).
+    """
+
+    path: str
+    dims: tuple[int, ...]
+    axes: frozenset[str]
+    own: str = ""
+
+
+def _site(graph: Graph, at: ParameterDim, own: str = "") -> _Site:
+    return _Site(at.path, (at.dim,), frozenset(graph.analysis.state[at.path][at.dim].axes()), own)
 
 
 def _weights(graph: Graph, step: Step) -> list[str]:
@@ -162,54 +182,58 @@ def _weights(graph: Graph, step: Step) -> list[str]:
     return [source.path for source in found if source is not None]
 
 
-def _filters(graph: Graph, step: Step, writing: dict[str, tuple[ParameterDim, str]]) -> None:
-    """Add the weights of a contraction that write the very axes that they share with its input."""
+def _filters(graph: Graph, step: Step, writing: dict[str, _Site]) -> None:
+    """Add the weights of a contraction that write the very axes that they share with its input.
+
+    Where such an axis has a dim of its own beside the one that is written, the units are at both.
+    """
     for path in _weights(graph, step):
-        if path in writing:
-            continue
-        layouts = graph.analysis.state[path]
-        dims = [d for d, layout in enumerate(layouts) if step.batched & set(layout.axes())]
-        if dims:
-            writing[path] = (ParameterDim(path, dims[0]), path)
+        inside = [frozenset(layout.axes()) & step.batched for layout in graph.analysis.state[path]]
+        dims = [d for d, axes in enumerate(inside) if axes]
+        if dims and path not in writing:
+            writing[path] = _site(graph, ParameterDim(path, dims[0]), path)
+        elif dims:
+            site = writing[path]
+            dims = tuple(sorted({*site.dims, *dims}))
+            writing[path] = replace(site, dims=dims, axes=site.axes.union(*inside))
 
 
-def _bias(graph: Graph, step: Step, writing: dict[str, tuple[ParameterDim, str]]) -> None:
+def _bias(graph: Graph, step: Step, writing: dict[str, _Site]) -> None:
     """Add the bias of a contraction to the fan-ins of the weight beside it."""
     source = graph.analysis.sources.get(step.inputs[step.bias or 0])
     layouts = graph.analysis.state
     if source is None or source.path in writing or len(layouts[source.path]) != 1:
         return
-    for path in _weights(graph, step):
-        at, own = writing.get(path, (None, ""))
-        if at is not None and layouts[path][at.dim] == layouts[source.path][0]:
-            writing[source.path] = (ParameterDim(source.path, 0), own)
+    (layout,) = layouts[source.path]
+    for site in (writing[path] for path in _weights(graph, step) if path in writing):
+        alike = len(site.dims) == 1 and layouts[site.path][site.dims[0]] == layout
+        if alike or (site.axes and site.axes == set(layout.axes())):
+            writing[source.path] = replace(site, path=source.path, dims=(0,))
             return
 
 
-def _fans(graph: Graph, found: Iterable[tuple[ParameterDim, str]]) -> Fans:
-    """Return fans from dims: those that share axes are one bundle, kept apart by the `str` beside.
+def _fans(graph: Graph, found: Iterable[_Site]) -> Fans:
+    """Return fans from sites: those that share axes are one bundle.
 
     A dim of no axis keeps to itself.
     """
     order = {name: k for k, name in enumerate(graph.axes)}
-    dims = [(at, own) for at, own in found if _learns(graph.state[at.path])]
+    sites = [site for site in found if _learns(graph.state[site.path])]
     links = nx.Graph()
-    for at, own in dims:
-        links.add_node((at, own))
-        inside = set(graph.analysis.state[at.path][at.dim].axes())
-        links.add_edges_from(((at, own), (axis, own)) for axis in inside)
+    for site in sites:
+        links.add_node(site)
+        links.add_edges_from((site, (axis, site.own)) for axis in site.axes)
     bundles = []
     for bundle in nx.connected_components(links):
-        inside = sorted((key for key, _ in bundle if isinstance(key, str)), key=order.__getitem__)
-        members = [at for at, own in dims if (at, own) in bundle]
-        first = next(k for k, dim in enumerate(dims) if dim in bundle)
+        inside = sorted((key[0] for key in bundle if isinstance(key, tuple)), key=order.__getitem__)
+        members = [site for site in sites if site in bundle]
         place = order[inside[0]] if inside else len(order)
-        name = dims[first][1] or (inside[0] if inside else members[0].path)
-        bundles.append((place, first, name, inside, members))
+        name = members[0].own or (inside[0] if inside else members[0].path)
+        bundles.append((place, sites.index(members[0]), name, inside, members))
     names, starts, parts, count = [], [], [], 0
     for _, _, name, inside, members in sorted(bundles, key=lambda bundle: bundle[:2]):
         units, number = _numbered(graph, members, inside)
-        parts += [Part(at.path, at.dim, u + count) for at, u in zip(members, units, strict=True)]
+        parts += [Part(at.path, at.dims, u + count) for at, u in zip(members, units, strict=True)]
         names.append(name)
         starts.append(count)
         count += number
@@ -220,16 +244,15 @@ def _learns(tensor: Tensor) -> bool:
     return isinstance(tensor, nn.Parameter) and tensor.requires_grad
 
 
-def _numbered(graph: Graph, dims: list[ParameterDim], axes: list[str]) -> tuple[list[Tensor], int]:
-    """Return the number of the fan at each position of each dim, and how many there are.
+def _numbered(graph: Graph, sites: list[_Site], axes: list[str]) -> tuple[list[Tensor], int]:
+    """Return the number of the fan at each place of each site, and how many there are.
 
-    Positions are of one fan where they agree in the units of all axes; one in no axis is its own.
+    Places are of one fan where they agree in the units of all axes; one in no axis is its own.
     """
-    widths, rows = graph.analysis.widths(), []
-    for k, at in enumerate(dims):
-        layout = graph.analysis.state[at.path][at.dim]
-        units = [layout.units(widths, axis) for axis in axes]
-        size = graph.state[at.path].shape[at.dim]
+    rows = []
+    for k, site in enumerate(sites):
+        units = [_units(graph, site, axis) for axis in axes]
+        size = math.prod(graph.state[site.path].shape[d] for d in site.dims)
         alone = np.all([u < 0 for u in units], axis=0) if units else np.ones(size, dtype=bool)
         place = np.stack([np.full(size, k), np.arange(size)])
         rows.append(np.stack([*units, *np.where(alone, place, -1)], axis=1))
@@ -237,3 +260,14 @@ def _numbered(graph: Graph, dims: list[ParameterDim], axes: list[str]) -> tuple[
     cuts = np.cumsum([len(r) for r in rows])[:-1]
     pieces = np.split(number.reshape(-1), cuts)
     return [torch.from_numpy(p) for p in pieces], len(different)
+
+
+def _units(graph: Graph, site: _Site, axis: str) -> np.ndarray:
+    """Return the unit of an axis that each place of a site is of, −1 where it is of none."""
+    sizes = [graph.state[site.path].shape[d] for d in site.dims]
+    found = np.full(sizes, -1)
+    for k, d in enumerate(site.dims):
+        units = graph.analysis.state[site.path][d].units(graph.analysis.widths(), axis)
+        shape = [-1 if j == k else 1 for j in range(len(sizes))]
+        found = np.where(found < 0, units.reshape(shape), found)
+    return found.reshape(-1) if axis in site.axes else np.full(found.size, -1)
