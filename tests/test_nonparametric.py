@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -270,6 +271,72 @@ def test_a_run_goes_on_from_files_as_if_it_had_not_stopped(tmp_path) -> None:
     again.generator.set_state(state)
     assert [again.epoch() for _ in range(3)] == expected[0]
     assert all(torch.equal(a, b) for a, b in zip(again.numbers(), expected[1], strict=True))
+
+
+class Protocolled(Run):
+    """A run by the protocol, which can be put into files and read from them."""
+
+    protocol = gg.Protocol(patience=2, fine_patience=1, longest=4)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.progress, self.kept = gg.Progress(), gg.Snapshot.of(self.graph, self.optimizer)
+
+    def evaluation(self) -> gg.Progress:
+        for group in self.optimizer.param_groups:
+            group.update(self.protocol.settings(self.progress, SETTINGS["lr"], SETTINGS["penalty"]))
+        gone = self.removed
+        self.epoch(add=0.7 * self.progress.adding)
+        with torch.no_grad():
+            wrong = (gg.lower(self.graph).eval()(DATA).argmax(1) != LABELS).double().mean().item()
+        self.progress = self.protocol.after(self.progress, wrong, removed=self.removed - gone)
+        if self.progress.keep:
+            self.kept = gg.Snapshot.of(self.graph, self.optimizer)
+        if self.progress.rewind:
+            self.graph, self.optimizer = self.kept.restored()
+        return self.progress
+
+    def save(self, folder: Path) -> None:
+        for name, graph, optimizer in (
+            ("now", self.graph, self.optimizer),
+            ("kept", self.kept.graph, self.kept.optimizer),
+        ):
+            gg.save(folder / name, graph)
+            torch.save(optimizer.state_dict(), folder / f"{name} optimizer")
+        torch.save(self.generator.get_state(), folder / "draws")
+        (folder / "progress").write_text(json.dumps(asdict(self.progress)))
+
+    def load(self, folder: Path) -> None:
+        found = []
+        for name in ("now", "kept"):
+            graph = gg.trace(gg.load(folder / name, network(bias=False)), DATA[:5])
+            found.append((graph, gg.AdaRad(graph, **SETTINGS)))
+            found[-1][1].load_state_dict(torch.load(folder / f"{name} optimizer"))
+        (self.graph, self.optimizer), (kept, optimizer) = found
+        self.kept = gg.Snapshot.of(kept, optimizer)
+        self.generator.set_state(torch.load(folder / "draws"))
+        self.progress = gg.Progress(**json.loads((folder / "progress").read_text()))
+
+
+def test_a_run_by_the_protocol_goes_on_from_files_in_any_phase(tmp_path: Path) -> None:
+    """Stopped once in each phase; each time the rest is as if it had not stopped."""
+    run, seen, followers = Protocolled(), set(), []
+    for number in range(40):
+        if run.progress.phase == "done":
+            break
+        if run.progress.phase not in seen and number % 2:
+            seen.add(run.progress.phase)
+            folder = tmp_path / run.progress.phase
+            folder.mkdir()
+            run.save(folder)
+            followers.append(Protocolled())
+            followers[-1].load(folder)
+        expected = run.evaluation()
+        for other in followers:
+            assert other.evaluation() == expected
+            pairs = zip(other.numbers(), run.numbers(), strict=True)
+            assert all(torch.equal(a, b) for a, b in pairs)
+    assert seen >= {"grow", "settle", "free", "anneal"} and run.removed > 0
 
 
 # ------------------------------------------------------------------------------------- protocol
