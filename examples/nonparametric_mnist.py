@@ -8,6 +8,12 @@ no more are added, and for `--settle` epochs what is not needed goes. Then netwo
 came out are trained from scratch by RMSprop and by SGD. GRAPHGROW_DATA is a directory with MNIST's
 four files. `--full` is the run of figure 3 of Philipp and Carbonell (2017), Nonparametric Neural
 Networks: 1000 epochs and 1000 more with λ = 3e-4.
+
+Images have mean 0 and deviation 1 over all pixels. The paper does not say how its inputs are
+scaled, and sizes depend on it: the penalty is on lengths, and images that are s times as large need
+first-layer fan-ins 1/s as long. With pixels from 0 to 1, 3.2 times smaller, the network ends much
+smaller. That lengths in the first layer are "much less than 1" and those of the outputs 3.5 to 4.5
+in the paper speaks for standardised images: so they come out here.
 """
 
 import argparse

@@ -11,18 +11,19 @@ generated_data.py); MNIST is read from the directory that GRAPHGROW_DATA names. 
 standardised, which the paper does not say; with other scales the lengths that λ is on have other
 meanings.
 
-A tick is what is trained between two evaluations and turnovers. In short it is 50 batches of 1000,
-two units a layer come each tick, and a fan-in of length 1 left to itself is gone after 25; no phase
-takes more than 40 ticks and no run more than 100; 100,000 hands. In full it is an epoch (for poker
-the tenth of one), one unit comes each tick, a fan-in is gone after 50, and patience and 800,000
-hands are those of the paper. In both, a step changes a length by a tenth of it at most: the radial
-step size of the paper is 1 / (50 λ), and for λ below 1e-4 its steps jump over the length they aim
-at, until nothing is learned.
+A tick is what is trained between two evaluations and turnovers: 50 batches of 1000 in short. There
+a fan-in of length 1 left to itself is gone after 20 ticks, for poker after 50, since units that go
+before the first ones have learned anything take the network with them; in this time 100 units come
+to each layer, a phase takes little longer, and a run three times as long; 100,000 hands. In full a
+tick is an epoch (for poker the tenth of one), one unit comes each tick, a fan-in is gone after 50,
+and patience and 800,000 hands are those of the paper. In both, a step changes a length by a tenth
+of it at most: the radial step size of the paper is 1 / (50 λ), and for λ below 1e-4 its steps jump
+over the length they aim at, until nothing is learned.
 """
 
 import argparse
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import torch
@@ -42,13 +43,15 @@ BATCH, LIMIT = 1000, 0.1
 class Task:
     """A task of the paper: hidden layers, angular step size by epoch, values of λ, and results.
 
-    `batch` is the angular step size by batch of a short run, which has far fewer of them. Results
-    are sizes and errors of the nonparametric network and of a parametric one of its size.
+    `batch` is the angular step size by batch of a short run, which has far fewer of them, and
+    `life` the ticks that a fan-in of length 1 has there. Results are sizes and errors of the
+    nonparametric network and of a parametric one of its size.
     """
 
     hidden: int
     angular: float
     batch: float
+    life: int
     penalties: tuple[float, ...]
     sizes: tuple[int, ...]
     paper: dict[float, tuple[str, float, float]]
@@ -59,6 +62,7 @@ TASKS = {
         4,
         10.0,
         0.5,
+        50,
         (1e-3, 1e-5, 1e-6, 1e-7),
         (100_000, 20_000, 20_000),
         {
@@ -68,9 +72,9 @@ TASKS = {
             1e-7: ("299-258-259-129", 0.0, 0.00002),
         },
     ),
-    "convex": Task(2, 30.0, 0.1, (1e-5, 1e-8), (7000, 1000, 10_000), {}),
-    "rectangles": Task(2, 30.0, 0.1, (3e-5, 1e-6), (10_000, 2000, 10_000), {}),
-    "mnist": Task(2, 30.0, 0.6, (3e-3, 1e-3, 3e-4), (50_000, 10_000, 10_000), {}),
+    "convex": Task(2, 30.0, 0.1, 20, (1e-5, 1e-8), (7000, 1000, 10_000), {}),
+    "rectangles": Task(2, 30.0, 0.1, 20, (3e-5, 1e-6), (10_000, 2000, 10_000), {}),
+    "mnist": Task(2, 30.0, 0.6, 20, (3e-3, 1e-3, 3e-4), (50_000, 10_000, 10_000), {}),
 }
 
 
@@ -83,6 +87,18 @@ class Pace:
     life: int
     most: int
     protocol: gg.Protocol
+
+
+def short(life):
+    """Return the pace of a run of a few minutes."""
+    protocol = gg.Protocol(patience=life // 3, fine_patience=2, longest=life * 6 // 5)
+    return Pace(50, 100 / life, life, 3 * life, protocol)
+
+
+def full(name, share):
+    """Return the pace of the paper."""
+    tick = round(1 / share) // (10 if name == "poker" else 1)
+    return Pace(max(1, tick), 1.0, 50, 10**9, gg.Protocol())
 
 
 def data_of(name, sizes):
@@ -166,17 +182,21 @@ def parametric(kind, rate, penalty, widths, data, pace, ticks):
 
 
 def compared(task, angular, penalty, data, pace):
-    """Return the widths of a nonparametric network, its progress, and the errors by kind."""
+    """Return the widths of a nonparametric network and the errors by kind, and print both."""
     torch.manual_seed(0)
     (x, y), _, test = data
     start = x.shape[1], *[10] * task.hidden, int(y.max()) + 1
     graph, progress = grown(angular, penalty, start, data, pace)
     widths = start[0], *(len(w) for p, w in graph.state.items() if p.endswith(".weight"))
     found = {"nonparametric": error(gg.lower(graph), test)}
+    size = "-".join(map(str, widths[1:-1]))
+    print(f"λ = {penalty:g}, {progress.evaluations} ticks ({progress.phase}):")
+    print(f"  nonparametric, {size}: {100 * found['nonparametric']:.2f} %", flush=True)
     for kind in ("RMSprop", "SGD"):
         model = parametric(kind, angular, penalty, widths, data, pace, progress.evaluations)
         found[kind] = error(model, test)
-    return widths, progress, found
+        print(f"  {kind} of that size: {100 * found[kind]:.2f} %", flush=True)
+    return widths, found
 
 
 def main():
@@ -185,7 +205,7 @@ def main():
     parser.add_argument("--full", action="store_true", help="the pace and the hands of the paper")
     parser.add_argument("--penalty", type=float, nargs="+", help="the values of λ")
     parser.add_argument("--hands", type=int, help="to train on: 100,000, in full 800,000")
-    parser.add_argument("--ticks", type=int, help="at most: 100, in full no limit")
+    parser.add_argument("--ticks", type=int, help="at most: three lives, in full no limit")
     parser.add_argument("--figure", help="where to draw errors over sizes")
     options = parser.parse_args()
     torch.set_num_threads(1)  # networks as small as these gain nothing from more
@@ -202,31 +222,23 @@ def main():
             continue
         print(f"{name}: {sizes[0]} to train on, {sizes[1]} to choose by, {sizes[2]} to test on")
         share = BATCH / sizes[0]
-        if options.full:
-            tick = max(1, round(1 / share) // (10 if name == "poker" else 1))
-            pace = Pace(tick, 1.0, 50, options.ticks or 10**9, gg.Protocol())
-        else:
-            short = gg.Protocol(patience=15, fine_patience=3, longest=40)
-            pace = Pace(50, 2.0, 25, options.ticks or 100, short)
+        pace = full(name, share) if options.full else short(task.life)
+        if options.ticks:
+            pace = replace(pace, most=options.ticks)
         angular = task.angular * share if options.full else task.batch
         results[name] = {}
         for penalty in options.penalty or task.penalties:
             start = time.process_time()
-            widths, progress, found = compared(task, angular, penalty, data, pace)
+            widths, found = compared(task, angular, penalty, data, pace)
             results[name][penalty] = widths, found
-            said = ", ".join(f"{kind} {100 * part:.2f} %" for kind, part in found.items())
-            size = "-".join(map(str, widths[1:-1]))
-            print(
-                f"λ = {penalty:g}, {size}, {progress.evaluations} ticks ({progress.phase}): {said}"
-            )
             if penalty in task.paper:
                 size, one, two = task.paper[penalty]
                 print(f"  paper: {size}: {100 * one:g} %, parametric {100 * two:g} % (RMSprop)")
             else:
                 print("  paper: in figure 2 only, no numbers in the text")
             print(f"  {time.process_time() - start:.0f} s", flush=True)
-            if pace.most >= 100:
-                assert found["nonparametric"] < 0.45, found  # guessing: 0.5, for MNIST 0.9
+            if not options.ticks:
+                assert found["nonparametric"] < 0.48, found  # guessing: 0.5, for MNIST 0.9
     print(f"in all {time.process_time() - began:.0f} s")
     if options.figure:
         save_tasks(results, TASKS, options.figure)

@@ -175,26 +175,31 @@ def test_what_is_learned_across_the_weights_does_not_change_their_length() -> No
         assert torch.allclose(layer.weight.norm(dim=1), length, rtol=1e-12)
 
 
-@given(seed=st.integers(0, 2**16), lambdas=st.lists(st.floats(1e-3, 10.0), min_size=3, max_size=3))
-def test_penalties_by_layer_are_one_penalty_of_rescaled_weights(seed, lambdas) -> None:
-    """Proposition 1: f and the regulariser are the same at λ = (λ₁λ₂λ₃)^⅓ and W_l λ_l / λ."""
-    model = mlp(3, 5, 4, 2, seed=seed)
-    graph = traced(model)
-    shared = math.prod(lambdas) ** (1 / 3)
+@given(
+    sizes=st.lists(st.integers(1, 6), min_size=3, max_size=6),
+    seed=st.integers(0, 2**16),
+    lambdas=st.lists(st.floats(1e-3, 10.0), min_size=5, max_size=5),
+)
+def test_penalties_by_layer_are_one_penalty_of_rescaled_weights(sizes, seed, lambdas) -> None:
+    """Proposition 1: f and the regulariser are the same at λ = (λ₁ … λ_L)^(1/L) and W_l λ_l / λ."""
+    model = mlp(*sizes, seed=seed)
+    lambdas = lambdas[: len(sizes) - 1]
+    shared = math.prod(lambdas) ** (1 / len(lambdas))
     rescaled = copy.deepcopy(model)
     with torch.no_grad():
         for layer, own in zip(rescaled[::2], lambdas, strict=True):
             layer.weight *= own / shared
-    x = noise(torch.empty(7, 3, dtype=torch.double), seed)
+    x = noise(torch.empty(7, sizes[0], dtype=torch.double), seed)
     assert torch.allclose(model(x), rescaled(x), rtol=1e-10, atol=1e-12)
-    fans = fan_ins(graph)
-    assert fans.names == ("0", "2", "4")
-
-    def lengths(found: nn.Module) -> list[Tensor]:
-        return [layer.weight.norm(dim=1).sum() for layer in found[::2]]
-
-    separate = sum(own * total for own, total in zip(lambdas, lengths(model), strict=True))
-    assert torch.allclose(separate, shared * sum(lengths(rescaled)), rtol=1e-12)
+    optimizer = gg.AdaRad(traced(model), lr=0.0, radial_lr=0.0, penalty=0.0)
+    assert [group["name"] for group in optimizer.param_groups] == [
+        str(2 * k) for k in range(len(lambdas))
+    ]
+    separate = sum(
+        own * layer.weight.norm(dim=1).sum() for own, layer in zip(lambdas, model[::2], strict=True)
+    )
+    graph = traced(rescaled)
+    assert torch.allclose(gg.penalty(fan_ins(graph), graph.state, shared), separate, rtol=1e-12)
 
 
 class Stage(nn.Module):
@@ -436,6 +441,11 @@ def test_a_new_layer_joins_with_fan_ins_of_its_own(kind) -> None:
         *[0.0] * 3,
         *before[3:].tolist(),
     ]
+    fresh = kind(grown.graph, lr=9.0, radial_lr=9.0, penalty=9.0)
+    names = [group["name"] for group in optimizer.param_groups]
+    assert names == ["0", "2_in", "2"] == [group["name"] for group in fresh.param_groups]
+    assert {group["lr"] for group in optimizer.param_groups} == {0.1}
+    fresh.load_state_dict(optimizer.state_dict())
     weight = grown.graph.state["2_in.weight"]
     length = weight.detach().norm(dim=1)
     bias = grown.graph.state.get("2_in.bias")

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from strategies import fill
+from strategies import Tied, fill
 from torch import Tensor, nn
 
 import graphgrow as gg
@@ -169,3 +169,18 @@ def test_coefficients_of_another_size_are_refused() -> None:
     wrong = gg.Absorb((("3.weight", ((0.5, 0.5),)),))
     said = gg.Remove("0", (4,), absorb=wrong).obstacle(graph)
     assert said is not None and "shape (1, 2), not (1, 6)" in said
+
+
+def test_equal_units_of_a_tied_weight_stay_for_it_writes_them_too() -> None:
+    """The column of the one that is left would have to become twice its row."""
+    model = fill(Tied(5, 4).double(), 0)
+    with torch.no_grad():
+        for tensor in (model.encoder.weight, model.encoder.bias):
+            tensor[3] = tensor[0]
+    graph = gg.trace(model, torch.randn(3, 5).double())
+    with pytest.raises(gg.NotApplicable) as raised:
+        gg.apply(graph, gg.Remove("encoder", (3,)), verify=False)
+    assert str(raised.value) == (
+        "cannot remove 1 of the 4 units of axis 'encoder' exactly: 'encoder.weight[0]' would have "
+        "to change where it is read but not where it writes; give absorb= for least squares"
+    )

@@ -150,8 +150,11 @@ class _Narrowed:
             return
         verdict = judge(follower, {**graph.state, **self.tensors})
         self.reason = verdict.reason and _read_backwards(verdict.reason)
+        weights = {a.weight for a in follower.arrivals} & {*graph.axes[change.axis].producers}
+        for at in (at for at in weights if at is not None and at.path in self.rounded):
+            self.reason = f"'{at}' would have to change where it is read but not where it writes"
         self.lines = tuple(map(_read_backwards, verdict.lines))
-        if verdict.reason is None:
+        if self.reason is None:
             self._fold(verdict)
             self._rescale(verdict.compensation)
 
