@@ -377,7 +377,7 @@ def test_the_next_step_moves_all_but_the_factored_weight_as_it_would_have(
 
 @pytest.mark.parametrize("name", FANWISE)
 @settings(max_examples=25)
-@given(widened(gg.ZeroOutgoing(), random=False))
+@given(widened(gg.ZeroOutgoing(), random=False, smooth=True))
 def test_the_next_step_of_a_fan_in_is_as_before_where_new_entries_have_no_gradient(
     name: str, growth: Growth
 ) -> None:
@@ -398,7 +398,7 @@ def test_the_next_step_of_a_fan_in_is_as_before_where_new_entries_have_no_gradie
 
 @pytest.mark.parametrize("name", FANWISE)
 @settings(max_examples=25, suppress_health_check=list(HealthCheck))
-@given(networks(random=False), st.data())
+@given(networks(random=False, smooth=True), st.data())
 def test_groups_and_fan_ins_follow_any_rewrites(name: str, net: Drawn, data: st.DataObject) -> None:
     _, graph, optimizer = trained(net, FANWISE[name])
     before, running = optimizer.fans, optimizer.state["fans"]["running"].clone()
@@ -418,7 +418,7 @@ def test_groups_and_fan_ins_follow_any_rewrites(name: str, net: Drawn, data: st.
         products = part.rows(mean * weight.detach())
         inner.index_add_(0, part.units, products.sum(1))
         size.index_add_(0, part.units, products.abs().sum(1))
-    assert (inner.abs() <= 1e-12 * size).all()
+    assert (inner.abs() <= 1e-12 * (1 + size)).all()  # of one entry there is only rounding
 
 
 def expected_of_fans(grown: gg.Grown, before: Any, numbers: Tensor, after: Any) -> Tensor:
