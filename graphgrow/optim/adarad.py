@@ -18,6 +18,7 @@ from graphgrow.ir.graph import Graph
 from graphgrow.optim.fans import Fans, Slices, fan_ins, joined
 from graphgrow.passes.rewrite import Grown
 
+each: Any = torch  # whose functions of lists of tensors have no stubs
 SHARED = "fans"  # the key, in `state`, of what belongs to fan-ins and not to one parameter
 
 
@@ -223,8 +224,8 @@ class AdaRad(Optimizer):
         """
         like, zero, angle = seen.length, seen.zero, angle.masked_fill(seen.zero, torch.pi / 2)
         step = self._of("radial_lr", like) * self._of("share", like)
-        limit = self._of("radial_limit", like)
-        kept = 1 - (seen.radial * step).clamp(min=-limit, max=limit)
+        limit: Any = self._of("radial_limit", like)
+        kept = 1 - (seen.radial * step).clamp(-limit, limit)
         after = torch.where(zero, reach * step, kept.abs() * like)
         left = (after - step * self._of("penalty", like)).clamp_(min=0.0)
         cosine, sine, before = angle.cos(), angle.sin(), like.copysign(kept)
@@ -337,12 +338,12 @@ class AdaRadM(AdaRad):
             if "mean" not in state:
                 state["mean"] = torch.zeros_like(weight)
         means = [state["mean"] for state in states]
-        torch._foreach_lerp_(means, seen.gradients, spread(mixing, means))
-        torch._foreach_addcmul_(means, weights, spread(mixing * seen.radial, means), value=-1)
+        each._foreach_lerp_(means, seen.gradients, spread(mixing, means))
+        each._foreach_addcmul_(means, weights, spread(mixing * seen.radial, means), value=-1)
         reach = seen.slices.sums(joined(seen.slices.lengths(means)).square_()).sqrt_()
         turn = self._turn(seen, reach, rate * reach / capacity.clamp_(min=_tiny(reach)))
-        turned = torch._foreach_mul(means, spread(turn.follows, means))
-        torch._foreach_addcmul_(turned, weights, spread(turn.leans, means))
+        turned = each._foreach_mul(means, spread(turn.follows, means))
+        each._foreach_addcmul_(turned, weights, spread(turn.leans, means))
         _changed(seen, turn.kept, means, turn.added)
         for state, mean in zip(states, turned, strict=True):
             state["mean"] = mean
@@ -351,7 +352,11 @@ class AdaRadM(AdaRad):
     def _straighten(self) -> None:
         """Take out of the means what is along the weights that are left (lines 31 to 35)."""
         held = self._held()
-        parts = tuple(p for p in self.fans.parts if "mean" in self.state.get(held.get(p.path), {}))
+        parts = tuple(
+            part
+            for part in self.fans.parts
+            if part.path in held and "mean" in self.state.get(held[part.path], {})
+        )
         if not parts:
             return
         slices, weights = Slices(parts, self.fans.count), [held[part.path] for part in parts]
@@ -359,7 +364,7 @@ class AdaRadM(AdaRad):
         length = slices.sums(joined(slices.lengths(weights)).square_())
         inner = slices.sums(joined(slices.dots(weights, means)))
         inner /= length.masked_fill_(length == 0, 1.0)
-        torch._foreach_addcmul_(means, weights, slices.spread(-inner, means))
+        each._foreach_addcmul_(means, weights, slices.spread(-inner, means))
 
 
 def _tiny(like: Tensor) -> float:
@@ -369,8 +374,8 @@ def _tiny(like: Tensor) -> float:
 def _changed(seen: _Seen, kept: Tensor, vectors: list[Tensor], added: Tensor) -> None:
     """Multiply the fan-ins by `kept` and take away vectors of theirs times `added`."""
     weights, spread = seen.weights, seen.slices.spread
-    torch._foreach_mul_(weights, spread(kept, weights))
-    torch._foreach_addcmul_(weights, vectors, spread(added, weights), value=-1)
+    each._foreach_mul_(weights, spread(kept, weights))
+    each._foreach_addcmul_(weights, vectors, spread(added, weights), value=-1)
 
 
 def _groups(graph: Graph, fans: Fans) -> list[dict[str, Any]]:
