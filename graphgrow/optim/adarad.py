@@ -74,8 +74,9 @@ class AdaRad(Optimizer):
     for each bundle of axes, under the `name` of its first, whose settings may be changed; the group
     "rest" has the parameters of no fan-in, which take plain gradient steps of size `rest_lr` and
     do not shrink. A fan-in of length zero has no direction: all of its gradient counts as radial,
-    so it stays zero unless the gradient is longer than the penalty. `gg.migrate` carries the state
-    over a rewrite; a state dict fits the optimizer made of a graph as wide as the one saved.
+    so it stays zero unless the gradient is longer than the penalty. `gg.migrate` carries state and
+    groups over a rewrite; a state dict fits the optimizer made of a graph as wide as the one saved.
+    Where a rewrite brings new groups (Deepen), schedulers with numbers by group are made anew.
 
     Raises:
         ValueError: where a setting is negative; from `step`, where a gradient is sparse.
