@@ -33,9 +33,9 @@ def migrate(optimizer: Optimizer, grown: Grown) -> None:
     optimizer: state zero and age zero, and Adam, AdamW, NAdam, RAdam and Adamax correct its bias by
     its own age (see `clocks`). SGD, RMSprop, Adagrad and Adadelta have no such correction; SGD with
     dampening damps the first gradient of a new entry, and Adagrad's `lr_decay` follows the age of
-    the parameter. AdaRad's groups and its state of whole fan-ins follow the graph. A new parameter joins the
-    group of its nearest relative by path; where the relatives are not in the optimizer, it is not
-    either. Gradients that wait for a step move along, with zeros for new entries.
+    the parameter. AdaRad's groups and its state of whole fan-ins follow the graph. A new parameter
+    joins the group of its nearest relative by path; where the relatives are not in the optimizer,
+    it is not either. Gradients that wait for a step move along, with zeros for new entries.
     `TensorOrigin.scale` is not applied to state: whether a gradient shrinks (rescaling) or stays
     (splitting) is not known from it.
 
