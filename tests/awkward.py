@@ -184,14 +184,8 @@ class AttentionGqa(nn.Module):
 
 @case(
     (2, 5, 8),
-    "",
-    fixed={
-        "a[0]": "is fixed by the attributes of MultiheadAttention",
-        "a[1]": "is fixed by the attributes of MultiheadAttention",
-        "a[2]": "is fixed by the attributes of MultiheadAttention",
-        "a.in_proj_weight.1": "is fixed by the attributes of MultiheadAttention",
-        "a.out_proj": "is fixed by the attributes of MultiheadAttention",
-    },
+    "a.in_proj_weight[0](2) a.in_proj_weight[5](4) a.out_proj(8)",
+    fixed={"a.in_proj_weight[1]": "with no weight that could be zero"},
 )
 class Mha(nn.Module):
     def __init__(self):
@@ -205,12 +199,8 @@ class Mha(nn.Module):
 
 @case(
     (2, 5, 8),
-    "a.linear1(16)",
-    fixed={
-        "a.self_attn[0]": "is fixed by the attributes of MultiheadAttention",
-        "a.self_attn[1]": "is fixed by the attributes of MultiheadAttention",
-        "a.self_attn[2]": "is fixed by the attributes of MultiheadAttention",
-    },
+    "a.linear1(16) a.self_attn.in_proj_weight[0](2) a.self_attn.in_proj_weight[5](4)",
+    fixed={"a.self_attn.in_proj_weight[1]": "sets the scale of attention"},
 )
 class EncoderLayer(nn.Module):
     def __init__(self):

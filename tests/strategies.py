@@ -142,6 +142,22 @@ class Drop(nn.Module):
         return F.dropout(x, 0.3, training=self.training)
 
 
+class Attend(nn.Module):
+    """Attention among the positions, channels first, added to its input or not."""
+
+    def __init__(self, width: int, heads: int, residual: bool, **options: Any) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(width, heads, **options)
+        self.residual = residual
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.attention.batch_first
+        rows = x.transpose(1, 2) if first else x.permute(2, 0, 1)
+        rows = self.attention(rows, rows, rows, need_weights=self.residual)[0]
+        made = rows.transpose(1, 2) if first else rows.permute(1, 2, 0)
+        return x + made if self.residual else made
+
+
 class Mean(nn.Module):
     """The mean over all positions."""
 
@@ -410,6 +426,21 @@ def _depthwise(draw: st.DrawFn, taste: _Taste, shape: Shape) -> nn.Module:
     )
 
 
+def _attention(draw: st.DrawFn, taste: _Taste, shape: Shape) -> nn.Module:
+    """Return attention, the width of its input made a multiple of the heads first."""
+    heads, features = draw(st.tuples(st.integers(1, 3), st.integers(1, 3)))
+    options = {
+        "bias": draw(st.booleans()),
+        "add_bias_kv": draw(st.booleans()),
+        "add_zero_attn": draw(st.booleans()),
+        "batch_first": draw(st.booleans()),
+        "dropout": draw(st.sampled_from([0.0, 0.3])) if taste.random else 0.0,
+    }
+    width = heads * features
+    attend = Attend(width, heads, draw(st.booleans()), **options)
+    return nn.Sequential(_layer(draw, shape, width, kernel=1), attend)
+
+
 def _pool(draw: st.DrawFn, taste: _Taste, shape: Shape) -> nn.Module:
     flat = len(shape) == 2
     kinds: list[Callable[[], nn.Module]] = [
@@ -466,6 +497,7 @@ BLOCKS: dict[str, tuple[tuple[int, ...], Builder]] = {
     "pool": (SPACE, _pool),
     "grouped": (SPACE, _grouped),
     "depthwise": (SPACE, _depthwise),
+    "attention": ((2,), _attention),
     "flatten": (SPACE, _dense),
     "mean": (SPACE, lambda d, t, s: Mean()),
     "squeeze": ((3,), lambda d, t, s: Squeeze(s[0], d(st.integers(1, 3)))),

@@ -8,7 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.nn import functional as F
 
+from graphgrow.ir.attention import attend
+
+# functions recorded as what others they consist of: their own code ties sizes to each other
+WRITTEN_OUT: Mapping[Any, Callable[..., Any]] = {F.multi_head_attention_forward: attend}
 _METHODS = {
     function: name
     for name in reversed(dir(Tensor))  # a plain name wins over a dunder of the same function
