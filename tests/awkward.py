@@ -216,11 +216,7 @@ class EncoderLayer(nn.Module):
 
 @case(
     (2, 5, 4),
-    "h(5)",
-    fixed={
-        "a[0]": "is fixed by the attributes of LSTM",
-        "a.weight_ih_l0.1": "is fixed by the attributes of LSTM",
-    },
+    "a[0](6) h(5)",
 )
 class Lstm(nn.Module):
     def __init__(self):
@@ -235,11 +231,7 @@ class Lstm(nn.Module):
 
 @case(
     (2, 5, 4),
-    "",
-    fixed={
-        "i": "is fixed by the attributes of GRUCell",
-        "c[0]": "is fixed by the attributes of GRUCell",
-    },
+    "i(6) c[0](5)",
 )
 class GruCell(nn.Module):
     def __init__(self):

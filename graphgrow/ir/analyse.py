@@ -8,7 +8,8 @@ tensors over named axes, and the `Step`s that a proof follows.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -187,6 +188,24 @@ class _Interpreter(fx.Interpreter):
                 result = super().run_node(n)
         self.watch.leave(n, result)
         return result
+
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        recurrent = isinstance(self.submodules[target], nn.RNNBase)
+        with _without_kernels() if recurrent else nullcontext():
+            return super().call_module(target, args, kwargs)
+
+
+@contextmanager
+def _without_kernels() -> Iterator[None]:
+    """Run recurrent layers as the operators that a step consists of, not as one of a library."""
+    before = torch._C._get_mkldnn_enabled(), torch._C._get_cudnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    torch._C._set_cudnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(before[0])
+        torch._C._set_cudnn_enabled(before[1])
 
 
 class _Watch(TorchDispatchMode):

@@ -89,6 +89,18 @@ def _layer_norm(m: Any, s: Sizes) -> dict[str, Any]:
     return {"normalized_shape": tuple(layout.size(s.after) for layout in last)}
 
 
+def _recurrent(m: Any, s: Sizes) -> dict[str, Any]:
+    """A projection of the state has its own width; layers and directions share theirs."""
+    sizes = {"input_size": s("weight_ih_l0", 1), "hidden_size": s("weight_hh_l0", 1)}
+    if m.proj_size:
+        sizes |= {"hidden_size": s("weight_hr_l0", 1), "proj_size": s("weight_hr_l0", 0)}
+    return sizes
+
+
+def _cell(m: Any, s: Sizes) -> dict[str, Any]:
+    return {"input_size": s("weight_ih", 1), "hidden_size": s("weight_hh", 1)}
+
+
 def _fixed(m: Any, s: Sizes) -> dict[str, Any]:
     return {}
 
@@ -103,6 +115,8 @@ _ROWS: tuple[tuple[type | tuple[type, ...], Callable[[Any, Sizes], dict[str, Any
     (nn.Embedding, _embedding),
     (nn.PReLU, _prelu),
     ((nn.LayerNorm, nn.RMSNorm), _layer_norm),
+    (nn.RNNBase, _recurrent),
+    (nn.RNNCellBase, _cell),
     (Rational, _fixed),
 )
 
