@@ -149,7 +149,7 @@ causal = nn.Transformer.generate_square_subsequent_mask(4, dtype=torch.double)
 x, memory = drawn(2, 4, 6), drawn(2, 5, 5)
 hidden = torch.zeros(2, 4, dtype=torch.double)
 hidden[0, 3] = -torch.inf
-POST_NORM = {"normalises over units, and new ones are not the mean"}
+POST_NORM = {"normalises over units, and new ones are neither the mean of the others nor copies"}
 MODELS: dict[str, tuple[nn.Module, tuple[Any, ...], set[str]]] = {
     "encoder": (Around(encoder(False)), (x,), POST_NORM),
     "pre-norm encoder": (Around(encoder(True, dropout=0.0)), (x,), set()),
@@ -195,10 +195,22 @@ def _sizes(graph: gg.Graph, path: str) -> tuple[int, int]:
     return graph.axes[f"{heads}[0]"].width, graph.axes[f"{values}{rest}"].width
 
 
-def test_heads_whose_mean_weights_are_the_models_output_are_fixed() -> None:
-    layer = nn.MultiheadAttention(8, 2).double()
-    axis = gg.trace(layer, *[drawn(4, 3, 8)] * 3).axes["in_proj_weight[0]"]
-    assert axis.obstacle is not None and axis.obstacle.endswith("it mixes its units")
+def test_heads_whose_mean_weights_are_the_models_output_grow_by_whole_copies() -> None:
+    inputs = [drawn(4, 3, 8)] * 3
+    graph = gg.trace(fill(nn.MultiheadAttention(8, 2).double(), 1), *inputs)
+    gg.apply(graph, gg.Widen("in_proj_weight[0]", 2, weights=gg.Copy((0, 1))))
+    obstacle = gg.Widen("in_proj_weight[0]", 1).obstacle(graph)
+    assert obstacle is not None and "'mean'" in obstacle
+
+
+def test_the_stream_behind_norms_grows_by_whole_copies() -> None:
+    model = fill(Around(encoder(False, dropout=0.0)).double(), 1)
+    graph = gg.trace(model, x)
+    grown = gg.apply(graph, gg.Widen("before", 16, weights=gg.Copy(tuple(range(8)))))
+    assert gg.compare(model, grown.graph, x).relative <= 1e-10
+    for units in (3, 12):
+        obstacle = gg.Widen("before", units).obstacle(graph)
+        assert obstacle is not None and next(iter(POST_NORM)) in obstacle
 
 
 def test_a_mask_for_each_head_fixes_the_heads() -> None:
