@@ -121,6 +121,7 @@ def test_hidden_units_grow_and_come_back(name: str) -> None:
     assert {f"{axis.name}({axis.width})" for axis in free(graph)} == MODELS[name][2]
     assert not graph.analysis.unknown
     for axis in free(graph):
+        graph = gg.apply(graph, gg.Widen("lstm[0]", 4)).graph if axis.name == "lstm" else graph
         for scheme in SCHEMES:
             rewrite = gg.Widen(axis.name, 2, at=1, weights=scheme)
             if scheme is not None and rewrite.obstacle(graph) is not None:
@@ -134,7 +135,7 @@ def test_hidden_units_grow_and_come_back(name: str) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_a_grown_layer_says_its_sizes_and_goes_back_into_its_model(name: str) -> None:
     model, inputs, graph = traced(name)
-    grown = gg.apply(graph, *(gg.Widen(axis.name, 3) for axis in free(graph)))
+    grown = gg.apply(graph, *(gg.Widen(axis.name, 3 - k) for k, axis in enumerate(free(graph))))
     mine = copy.deepcopy(model)
     for made in (gg.lower(grown.graph), gg.lower(grown.graph, into=mine)):
         assert gg.compare(model, made, *inputs).relative <= 1e-10
@@ -178,6 +179,15 @@ def test_the_units_of_all_gates_layers_and_directions_are_one_axis() -> None:
     kept = [gate * 6 + unit for gate in range(4) for unit in (0, 1, 3, 4, 5)]
     assert new.shape == (24, 6) and not new[:, 2].any()
     assert torch.equal(new[kept][:, [0, 1, 3, 4, 5]], old)
+
+
+def test_a_projection_stays_narrower_than_what_it_projects() -> None:
+    _, _, graph = traced("projected")
+    gg.apply(graph, gg.Widen("lstm[0]", 1), gg.Widen("lstm", 1))
+    assert gg.Widen("lstm", 1).obstacle(graph) == (
+        "cannot resize LSTM 'lstm': torch projects 5 units to fewer only, not to 5; "
+        "widen those first"
+    )
 
 
 def test_longer_sequences_run_on_the_grown_layer() -> None:
