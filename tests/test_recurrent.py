@@ -10,6 +10,7 @@ import pytest
 import torch
 from strategies import fill
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import graphgrow as gg
 
@@ -93,11 +94,27 @@ class Started(nn.Module):
         return self.head(self.layer(x, start)[0])
 
 
+class Packed(nn.Module):
+    """Sequences of several lengths, packed and unpacked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.lstm = nn.Embedding(7, 6), nn.LSTM(6, 5, batch_first=True)
+        self.head = nn.Linear(10, 3)
+
+    def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        rows = pack_padded_sequence(self.table(tokens), lengths, True, enforce_sorted=False)
+        made, (last, _) = self.lstm(rows)
+        rows, _ = pad_packed_sequence(made, True)
+        return self.head(torch.cat([rows.amax(1), last[0]], 1))
+
+
 MODELS: dict[str, tuple[nn.Module, tuple[Any, ...], set[str]]] = {
     "classifier": (Classifier(), (words(2, 4),), {"table(6)", "lstm[0](5)"}),
     "translator": (Translator(), (words(2, 3), words(2, 4)), {"table(6)", "encoder[0](5)"}),
     "projected": (Projected(), (numbers(4, 2, 3),), {"lstm[0](5)", "lstm(4)"}),
     "cells": (Cells(), (numbers(2, 3, 3),), {"lstm[0](5)", "gru[0](4)", "rnn(6)"}),
+    "packed": (Packed(), (words(3, 4), torch.tensor([2, 4, 3])), {"table(6)", "lstm[0](5)"}),
     "tanh": (Started(nn.RNN(3, 5)), (numbers(4, 2, 3),), {"start(5)"}),
     "relu": (Started(nn.RNN(3, 5, nonlinearity="relu")), (numbers(4, 2, 3),), {"start(5)"}),
 }
@@ -194,6 +211,13 @@ def test_longer_sequences_run_on_the_grown_layer() -> None:
     model, _, graph = traced("classifier")
     grown = gg.apply(graph, gg.Widen("lstm[0]", 3)).graph
     assert gg.compare(model, grown, words(5, 11)).relative <= 1e-10
+
+
+def test_packed_sequences_of_other_lengths_run_on_the_grown_layer() -> None:
+    model, _, graph = traced("packed")
+    grown = gg.apply(graph, gg.Widen("lstm[0]", 3)).graph
+    lengths = torch.tensor([6, 1, 2, 5])
+    assert gg.compare(model, grown, words(4, 6), lengths).relative <= 1e-10
 
 
 def test_single_precision_has_the_same_axes() -> None:

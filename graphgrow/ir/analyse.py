@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -270,9 +271,12 @@ class _Watch(TorchDispatchMode):
 
     def leave(self, n: fx.Node, result: Any) -> None:
         """Note the value of a node that ran: numbers for tensors, plain values for the rest."""
-        self.nodes[self.mode, n.name] = tree_map(self._noted, result)
+        packed = lambda value: isinstance(value, PackedSequence)
+        self.nodes[self.mode, n.name] = tree_map(self._noted, result, is_leaf=packed)
 
     def _noted(self, value: Any) -> Any:
+        if isinstance(value, PackedSequence):  # which takes nothing but tensors
+            return tuple(map(self._noted, value))
         if isinstance(value, Tensor):
             return Slot(self.number(value))
         return value

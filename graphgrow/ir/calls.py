@@ -30,7 +30,7 @@ _RANDOM = ("rand", "bernoulli", "dropout", "normal", "uniform", "multinomial", "
 _UPDATES = ("batch_norm", "instance_norm")
 _SIZED_BY_VALUES = frozenset(
     "nonzero argwhere masked_select unique unique_consecutive bincount repeat_interleave one_hot "
-    "_unique2".split()
+    "_unique2 _pack_padded_sequence".split()
 )
 _SIZED_BY_FIRST = frozenset(
     "index_add index_put index_copy index_fill scatter scatter_add scatter_reduce "
