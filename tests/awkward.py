@@ -184,8 +184,7 @@ class AttentionGqa(nn.Module):
 
 @case(
     (2, 5, 8),
-    "a.in_proj_weight[0](2) a.in_proj_weight[5](4) a.out_proj(8)",
-    fixed={"a.in_proj_weight[1]": "with no weight that could be zero"},
+    "a.in_proj_weight[0](2) a.in_proj_weight[1](4) a.in_proj_weight[5](4) a.out_proj(8)",
 )
 class Mha(nn.Module):
     def __init__(self):
@@ -199,8 +198,8 @@ class Mha(nn.Module):
 
 @case(
     (2, 5, 8),
-    "a.linear1(16) a.self_attn.in_proj_weight[0](2) a.self_attn.in_proj_weight[5](4)",
-    fixed={"a.self_attn.in_proj_weight[1]": "sets the scale of attention"},
+    "a.linear1(16) a.self_attn.in_proj_weight[0](2) a.self_attn.in_proj_weight[1](4) "
+    "a.self_attn.in_proj_weight[5](4)",
 )
 class EncoderLayer(nn.Module):
     def __init__(self):

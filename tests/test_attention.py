@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -162,7 +163,7 @@ MODELS: dict[str, tuple[nn.Module, tuple[Any, ...], set[str]]] = {
     ),
     "cross attention": (Around(Cross()), (x, memory), set()),
 }
-ANYWHERE = ("of the input", "of the model's output", "has width one", "sets the scale of attention")
+ANYWHERE = ("of the input", "of the model's output", "has width one", "mixes its units")
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -249,6 +250,12 @@ def test_grown_attention_goes_back_into_its_model_only_where_torchs_own_code_tak
             "lower without into"
         )
     wanted = model(x)
+    heads = (f"layer.layers.{layer}.self_attn.in_proj_weight[0]" for layer in (0, 1))
+    fitting = [gg.Widen("before", 4), *(gg.Widen(axis, 1) for axis in heads)]
+    twin = gg.lower(gg.apply(graph, *fitting).graph, into=copy.deepcopy(model))
+    attention = twin.get_submodule(f"{first}.self_attn")
+    assert (attention.embed_dim, attention.num_heads, attention.head_dim) == (12, 3, 4)
+    torch.testing.assert_close(twin(x), wanted, rtol=1e-12, atol=1e-12)
     grown = gg.apply(graph, gg.Widen(f"{first}.linear1", 3))
     assert gg.lower(grown.graph, into=model) is model
     assert model.get_submodule(first).linear1.out_features == 15

@@ -28,7 +28,7 @@ AXES = {
     "shufflenet_v2_x0_5": (35, 30),
     "squeezenet1_0": (27, 25),
     "swin_t": (78, 37),
-    "small_vit": (16, 10),
+    "small_vit": (16, 13),
 }
 
 

@@ -271,11 +271,10 @@ class _Watch(TorchDispatchMode):
 
     def leave(self, n: fx.Node, result: Any) -> None:
         """Note the value of a node that ran: numbers for tensors, plain values for the rest."""
-        packed = lambda value: isinstance(value, PackedSequence)
-        self.nodes[self.mode, n.name] = tree_map(self._noted, result, is_leaf=packed)
+        self.nodes[self.mode, n.name] = tree_map(self._noted, result, is_leaf=_is_packed)
 
     def _noted(self, value: Any) -> Any:
-        if isinstance(value, PackedSequence):  # which takes nothing but tensors
+        if _is_packed(value):  # its class takes nothing but tensors
             return tuple(map(self._noted, value))
         if isinstance(value, Tensor):
             return Slot(self.number(value))
@@ -392,6 +391,10 @@ class _Watch(TorchDispatchMode):
                 inputs = (before, self.number(tensor))
                 step = Step(self.mode, self.node, self.where, func, (), {}, row, inputs, (after,))
                 self.steps.append((step, Outcome([self.dims[before]])))
+
+
+def _is_packed(value: Any) -> bool:
+    return isinstance(value, PackedSequence)
 
 
 def _no_relation(c: Call) -> Outcome:

@@ -59,9 +59,8 @@ def attend(
         k, v = (torch.cat([x, torch.zeros_like(x[:, :, :1])], 2) for x in (k, v))
     hinted = is_causal and key_padding_mask is None and not need_weights
     mask = None if hinted else _mask(attn_mask, key_padding_mask, num_heads, extra, query)
-    scale = (embed_dim_to_check // num_heads) ** -0.5
     if need_weights:
-        scores = (q * scale) @ k.transpose(-2, -1)
+        scores = (q * (embed_dim_to_check // num_heads) ** -0.5) @ k.transpose(-2, -1)
         weight = F.softmax(scores if mask is None else scores + mask, -1)
         weight = F.dropout(weight, dropout_p, training) if dropout_p > 0 else weight
         out = weight @ v
@@ -69,7 +68,7 @@ def attend(
         weight = weight if is_batched else weight.squeeze(0)
     else:
         dropped = dropout_p if training else 0.0
-        out = F.scaled_dot_product_attention(q, k, v, mask, dropped, hinted, scale=scale)
+        out = F.scaled_dot_product_attention(q, k, v, mask, dropped, hinted)
         weight = None
     out = F.linear(out.permute(2, 0, 1, 3).flatten(2), out_proj_weight, out_proj_bias)
     return out if is_batched else out.squeeze(1), weight
@@ -89,13 +88,14 @@ def _projected(
     parts: list[int],
 ) -> tuple[Tensor, ...]:
     """Return queries, keys and values: by three weights, or by the three parts of one."""
-    query, key, value = inputs
-    if len(weights) == 1 and query is key is value:
-        return F.linear(query, weights[0], bias).split(parts, -1)
+    if len(weights) == 1 and inputs[0] is inputs[1] is inputs[2]:
+        # of a view, torch would add the bias apart from the product
+        return F.linear(inputs[0].contiguous(), weights[0], bias).split(parts, -1)
     if len(weights) == 1:
         weights = weights[0].split(parts, 0)
     biases = (None,) * 3 if bias is None else bias.split(parts, 0)
-    return tuple(F.linear(x, w, b) for x, w, b in zip(inputs, weights, biases, strict=True))
+    products = zip(inputs, weights, biases, strict=True)
+    return tuple(F.linear(x.contiguous(), w, b) for x, w, b in products)
 
 
 def _extended(x: Tensor, position: Tensor | None) -> Tensor:

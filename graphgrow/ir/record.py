@@ -84,7 +84,12 @@ class Recorder(TorchFunctionMode):
         return self._record(op, target, spelled, kwargs, out, written)
 
     def _written_out(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Call what `func` consists of; its nodes remember that the model's own code calls it."""
+        """Call what `func` consists of; its nodes remember whose parts they are.
+
+        `func` is called as well, since it may refuse sizes that its parts would take.
+        """
+        with self._pause():
+            func(*args, **kwargs)
         nodes = self._tape.graph.nodes
         last = next(reversed(nodes), None)
         with self:  # torch runs __torch_function__ outside its mode
