@@ -200,6 +200,9 @@ class Follower:
             source = self.resized.analysis.sources.get(number)
             found = self._of_source(source) if source is not None else self.arbitrary()
             self.contents[number] = found
+            if source is not None and len(dims := self.resized.dims(source.path)) == 1:
+                at = ParameterDim(source.path, dims[0])
+                self._note_parts(number, at, self.slices(at))
         return self.contents[number]
 
     def arbitrary(self) -> Content:
@@ -681,8 +684,15 @@ class Follower:
             return self.arbitrary()
         like, scale = self.guess
         value = _one_number(bias[torch.from_numpy(self.new)])
-        zero = (rows[torch.from_numpy(self.new)] == 0).all(1).numpy() & ~np.isnan(value)
-        self._note_parts(step, ParameterDim(source.path, dims[0]), rows, bias)
+        zero = (rows[torch.from_numpy(self.new)] == 0).all(1).numpy()
+        if source.dims is not None:
+            self._note_parts(step.outputs[0], ParameterDim(source.path, dims[0]), rows, bias)
+        else:  # perhaps a part of the tensor, which may be zero where the others are not
+            zero = zero | self.content(step.inputs[slot]).zero()
+            added = None if step.bias is None else self.content(step.inputs[step.bias])
+            if added is not None:
+                value = np.where(added.constant(), added.scale, value)
+        zero = zero & ~np.isnan(value)
         both = torch.cat([rows, bias], 1)
         fits = np.array(
             [
@@ -700,18 +710,24 @@ class Follower:
             np.ones(len(self.new)),
         )
 
-    def _note_parts(self, step: Step, at: ParameterDim, rows: Tensor, bias: Tensor) -> None:
-        """Note where some parts of a packed dim have no weights for new units, and others have."""
+    def _note_parts(
+        self, number: int, at: ParameterDim, rows: Tensor, bias: Tensor | None = None
+    ) -> None:
+        """Note where some parts of a packed dim have no weights for new units, and others have.
+
+        `number` is the value that has the dim: the tensor itself, or what its rows write.
+        """
         layout = self.resized.analysis.state[at.path][at.dim]
         places = self.resized.at(at.path, at.dim).shape[1]
         new = torch.from_numpy(self.new)
-        if places == 1 or bias.shape[1] not in (1, places):
+        if places == 1 or (bias is not None and bias.shape[1] not in (1, places)):
             return
-        used = (rows[new].reshape(len(new), places, -1) != 0).any(2) | (bias[new] != 0)
+        used = (rows[new].reshape(len(new), places, -1) != 0).any(2)
+        used = used if bias is None else used | (bias[new] != 0)
         zero = ~used.any(0).numpy()
         if zero.any() and not zero.all():
             widths = self.resized.analysis.widths()
-            self._parts[step.outputs[0]] = Parts.of(layout, self.axis, widths, zero)
+            self._parts[number] = Parts.of(layout, self.axis, widths, zero)
 
     def _tolerance(self, scale: float) -> float:
         return 0.0 if scale == 1 else self._eps()
