@@ -200,6 +200,27 @@ def test_heads_whose_mean_weights_are_the_models_output_grow_by_whole_copies() -
     assert obstacle is not None and "'mean'" in obstacle
 
 
+def test_heads_whose_queries_and_keys_are_both_zero_are_refused() -> None:
+    for need_weights in (False, True):
+        model = fill(Around(Plain(need_weights)).double(), 1)
+        graph = gg.trace(model, x)
+        heads = "layer.attention.in_proj_weight[0]"
+        obstacle = gg.Widen(heads, 1, weights=gg.ZeroIncoming()).obstacle(graph)
+        assert obstacle is not None and "would get no gradient for ever" in obstacle
+
+
+class Plain(nn.Module):
+    """Attention alone, without biases, of which new heads could get constants."""
+
+    def __init__(self, need_weights: bool) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, bias=False, batch_first=True)
+        self.need_weights = need_weights
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x, x, x, need_weights=self.need_weights)[0]
+
+
 def test_the_stream_behind_norms_grows_by_whole_copies() -> None:
     model = fill(Around(encoder(False, dropout=0.0)).double(), 1)
     graph = gg.trace(model, x)

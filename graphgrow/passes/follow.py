@@ -96,6 +96,7 @@ class Follower:
         self._means: dict[int, int] = {}
         self._silent: set[ParameterDim] = set()
         self._parts: dict[int, Parts] = {}
+        self.stuck = np.zeros(len(self.new), dtype=bool)  # zero in two factors: neither ever moves
         self.needed = self._needed()
         self.guess = self._guess()
 
@@ -305,10 +306,17 @@ class Follower:
         if not any(self._has(number) for number in step.outputs):
             return None
         averaged = [2] if meeting else self._carrying(step)
+        self._meet(step, [slot for slot in averaged if slot < 2])
         if averaged == [2]:
             content = self.content(step.inputs[2])
             return self._masked(content.zero(), 0.0) if not _draws(step) else self.arbitrary()
         return self._kept(step)
+
+    def _meet(self, step: Step, factors: list[int]) -> None:
+        """Note new units that are zero in both factors of a product (new heads)."""
+        if len(factors) == 2:
+            one, other = (self.content(step.inputs[slot]) for slot in factors)
+            self.stuck |= one.zero() & other.zero()
 
     def _move_parts(self, step: Step) -> None:
         """Follow the parts of a packed dim; one of which nothing is left but zeros is zero."""
@@ -615,6 +623,8 @@ class Follower:
         weights = [s for s in kept if self._source(step, s) is not None]
         if len(kept) == 1 and weights:
             return self._rows(step, weights[0], contracted.get(weights[0]))
+        if not weights:
+            self._meet(step, kept)
         contents = [self.content(step.inputs[s]) for s in kept]
         zero = np.any([c.zero() for c in contents], axis=0)
         like, scale = self._agreed_factors(step, kept, weights)
