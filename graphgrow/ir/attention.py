@@ -1,11 +1,12 @@
 """torch's multi-head attention, written out in operators that state each size on its own.
 
-`F.multi_head_attention_forward` takes the width of the stream for the heads' features all together,
-and the scale of the scores from it. Here heads, features of queries and keys, features of values
-and the stream are sizes of their own, and the scale is a number.
+`F.multi_head_attention_forward` takes the width of the stream for the heads' features all together.
+Here heads, features of queries and keys, features of values and the stream are sizes of their own.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,11 +45,9 @@ def attend(
     if not is_batched:
         query, key, value = _batched(query, key, value)
         key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
-    if use_separate_proj_weight:
-        weights: tuple[Tensor | None, ...] = (q_proj_weight, k_proj_weight, v_proj_weight)
-    else:
-        weights = (in_proj_weight,)
     parts = [embed_dim_to_check] * 3
+    apart = (q_proj_weight, k_proj_weight, v_proj_weight)
+    weights: tuple[Any, ...] = apart if use_separate_proj_weight else (in_proj_weight,)
     q, k, v = _projected((query, key, value), weights, in_proj_bias, parts)
     extra = add_zero_attn + (bias_k is not None)
     k, v = _extended(k, bias_k), _extended(v, bias_v)
@@ -83,7 +82,7 @@ def _batched(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor,
 
 def _projected(
     inputs: tuple[Tensor, ...],
-    weights: tuple[Tensor | None, ...],
+    weights: tuple[Any, ...],
     bias: Tensor | None,
     parts: list[int],
 ) -> tuple[Tensor, ...]:
