@@ -313,10 +313,27 @@ class Follower:
         return self._kept(step)
 
     def _meet(self, step: Step, factors: list[int]) -> None:
-        """Note new units that are zero in both factors of a product (new heads)."""
-        if len(factors) == 2:
-            one, other = (self.content(step.inputs[slot]) for slot in factors)
-            self.stuck |= one.zero() & other.zero()
+        """Note new units that are zero in both factors of a product (new heads), and stay so."""
+        if len(factors) != 2:
+            return
+        numbers = [step.inputs[slot] for slot in factors]
+        zero = self.content(numbers[0]).zero() & self.content(numbers[1]).zero()
+        if zero.any() and not self._read_elsewhere(step, numbers):
+            self.stuck |= zero
+
+    def _read_elsewhere(self, step: Step, numbers: list[int]) -> bool:
+        """Return whether what leads to some values is read by steps that do not lead to them."""
+        steps = [s for s in self.resized.analysis.steps if s.mode == step.mode]
+        makers = {number: s for s in steps for number in s.outputs}
+        values, leading, left = set(), {id(step)}, list(numbers)
+        while left:
+            number = left.pop()
+            if number not in values and self._has(number):
+                values.add(number)
+                maker = makers.get(number)
+                leading.add(id(maker))
+                left += maker.inputs if maker is not None else ()
+        return any(id(s) not in leading and not values.isdisjoint(s.inputs) for s in steps)
 
     def _move_parts(self, step: Step) -> None:
         """Follow the parts of a packed dim; one of which nothing is left but zeros is zero."""
