@@ -364,7 +364,7 @@ def scattered(draw: st.DrawFn, name: str) -> Sample:
 
 
 def packed(draw: st.DrawFn, name: str) -> Sample:
-    shape, batch_first = draw(shapes(2, 4)), draw(st.booleans())
+    shape, batch_first = draw(shapes(3, 4)), draw(st.booleans())
     lengths = Entry((shape[not batch_first],), "lengths", shape[batch_first])
     return Sample(overload(name), (Entry(shape), lengths, batch_first), resizable=True)
 
