@@ -184,14 +184,7 @@ class AttentionGqa(nn.Module):
 
 @case(
     (2, 5, 8),
-    "",
-    fixed={
-        "a[0]": "is fixed by the attributes of MultiheadAttention",
-        "a[1]": "is fixed by the attributes of MultiheadAttention",
-        "a[2]": "is fixed by the attributes of MultiheadAttention",
-        "a.in_proj_weight.1": "is fixed by the attributes of MultiheadAttention",
-        "a.out_proj": "is fixed by the attributes of MultiheadAttention",
-    },
+    "a.in_proj_weight[0](2) a.in_proj_weight[1](4) a.in_proj_weight[5](4) a.out_proj(8)",
 )
 class Mha(nn.Module):
     def __init__(self):
@@ -205,12 +198,8 @@ class Mha(nn.Module):
 
 @case(
     (2, 5, 8),
-    "a.linear1(16)",
-    fixed={
-        "a.self_attn[0]": "is fixed by the attributes of MultiheadAttention",
-        "a.self_attn[1]": "is fixed by the attributes of MultiheadAttention",
-        "a.self_attn[2]": "is fixed by the attributes of MultiheadAttention",
-    },
+    "a.linear1(16) a.self_attn.in_proj_weight[0](2) a.self_attn.in_proj_weight[1](4) "
+    "a.self_attn.in_proj_weight[5](4)",
 )
 class EncoderLayer(nn.Module):
     def __init__(self):
@@ -226,11 +215,7 @@ class EncoderLayer(nn.Module):
 
 @case(
     (2, 5, 4),
-    "h(5)",
-    fixed={
-        "a[0]": "is fixed by the attributes of LSTM",
-        "a.weight_ih_l0.1": "is fixed by the attributes of LSTM",
-    },
+    "a[0](6) h(5)",
 )
 class Lstm(nn.Module):
     def __init__(self):
@@ -245,11 +230,7 @@ class Lstm(nn.Module):
 
 @case(
     (2, 5, 4),
-    "",
-    fixed={
-        "i": "is fixed by the attributes of GRUCell",
-        "c[0]": "is fixed by the attributes of GRUCell",
-    },
+    "i(6) c[0](5)",
 )
 class GruCell(nn.Module):
     def __init__(self):

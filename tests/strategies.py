@@ -143,6 +143,35 @@ class Drop(nn.Module):
         return F.dropout(x, 0.3, training=self.training)
 
 
+class Attend(nn.Module):
+    """Attention among the positions, channels first, added to its input or not."""
+
+    def __init__(self, width: int, heads: int, residual: bool, **options: Any) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(width, heads, **options)
+        self.residual = residual
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.attention.batch_first
+        rows = x.transpose(1, 2) if first else x.permute(2, 0, 1)
+        rows = self.attention(rows, rows, rows, need_weights=self.residual)[0]
+        made = rows.transpose(1, 2) if first else rows.permute(1, 2, 0)
+        return x + made if self.residual else made
+
+
+class Recur(nn.Module):
+    """What a recurrent layer gives at each position, channels first."""
+
+    def __init__(self, layer: nn.RNNBase) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.layer.batch_first
+        rows = self.layer(x.transpose(1, 2) if first else x.permute(2, 0, 1))[0]
+        return rows.transpose(1, 2) if first else rows.permute(1, 2, 0)
+
+
 class Mean(nn.Module):
     """The mean over all positions."""
 
@@ -413,6 +442,37 @@ def _depthwise(draw: st.DrawFn, taste: _Taste, shape: Shape) -> nn.Module:
     )
 
 
+def _attention(draw: st.DrawFn, taste: _Taste, shape: Shape) -> nn.Module:
+    """Return attention, the width of its input made a multiple of the heads first."""
+    heads, features = draw(st.tuples(st.integers(1, 3), st.integers(1, 3)))
+    options = {
+        "bias": not taste.smooth and draw(st.booleans()),  # softmax does not see a key's bias
+        "add_bias_kv": draw(st.booleans()),
+        "add_zero_attn": draw(st.booleans()),
+        "batch_first": draw(st.booleans()),
+        "dropout": draw(st.sampled_from([0.0, 0.3])) if taste.random else 0.0,
+    }
+    width = heads * features
+    attend = Attend(width, heads, draw(st.booleans()), **options)
+    return nn.Sequential(_layer(draw, shape, width, kernel=1), attend)
+
+
+def _recurrent(draw: st.DrawFn, taste: _Taste, shape: Shape) -> nn.Module:
+    """Return a recurrent layer of any kind that goes along the positions."""
+    kind = draw(st.sampled_from([nn.RNN, nn.GRU, nn.LSTM]))
+    layers = draw(st.integers(1, 2))
+    options: dict[str, Any] = {
+        "num_layers": layers,
+        "bias": draw(st.booleans()),
+        "batch_first": draw(st.booleans()),
+        "bidirectional": draw(st.booleans()),
+        "dropout": draw(st.sampled_from([0.0, 0.3])) if taste.random and layers == 2 else 0.0,
+    }
+    if kind is nn.RNN and not taste.smooth:
+        options["nonlinearity"] = draw(st.sampled_from(["tanh", "relu"]))
+    return Recur(kind(shape[0], draw(st.integers(1, 4)), **options))
+
+
 def _pool(draw: st.DrawFn, taste: _Taste, shape: Shape) -> nn.Module:
     flat = len(shape) == 2
     kinds: list[Callable[[], nn.Module]] = [
@@ -469,6 +529,8 @@ BLOCKS: dict[str, tuple[tuple[int, ...], Builder]] = {
     "pool": (SPACE, _pool),
     "grouped": (SPACE, _grouped),
     "depthwise": (SPACE, _depthwise),
+    "attention": ((2,), _attention),
+    "recurrent": ((2,), _recurrent),
     "flatten": (SPACE, _dense),
     "mean": (SPACE, lambda d, t, s: Mean()),
     "squeeze": ((3,), lambda d, t, s: Squeeze(s[0], d(st.integers(1, 3)))),

@@ -749,6 +749,14 @@ def check_attributes(module: nn.Module) -> None:
         made = nn.PReLU(module.num_parameters)
     elif isinstance(module, nn.Embedding):
         made = nn.Embedding(module.num_embeddings, module.embedding_dim)
+    elif isinstance(module, nn.RNNBase):
+        made = type(module)(
+            module.input_size,
+            module.hidden_size,
+            module.num_layers,
+            bias=module.bias,
+            bidirectional=module.bidirectional,
+        )
     if made is not None:
         mine, theirs = module.state_dict(), made.state_dict()
         assert {k: t.shape for k, t in mine.items()} == {k: t.shape for k, t in theirs.items()}

@@ -47,6 +47,9 @@ class Entry:
             return torch.randint(2, self.shape, generator=generator).bool()
         if self.kind == "certain":
             return torch.randint(2, self.shape, generator=generator).double()
+        if self.kind == "lengths":
+            drawn = torch.randint(1, self.high + 1, self.shape, generator=generator)
+            return drawn.sort(descending=True).values
         drawn = torch.randn(self.shape, generator=generator, dtype=torch.double)
         return drawn.abs() + 0.5 if self.kind == "positive" else drawn
 
@@ -349,6 +352,25 @@ def listed(draw: st.DrawFn, name: str) -> Sample:
     sizes[dim] = draw(st.integers(1, 4))
     index = Entry(tuple(sizes), "whole", shape[dim])
     return Sample(overload(name), (Entry(shape), dim, index), resizable=True)
+
+
+def scattered(draw: st.DrawFn, name: str) -> Sample:
+    shape, dim = shape_and_dim(draw)
+    sizes = tuple(draw(st.sampled_from([n, n, draw(st.integers(1, n))])) for n in shape)
+    index = Entry(sizes, "whole", shape[dim])
+    if draw(st.booleans()):
+        return Sample(overload(name, "value"), (Entry(shape), dim, index, 2.5), resizable=True)
+    return Sample(overload(name, "src"), (Entry(shape), dim, index, Entry(sizes)), resizable=True)
+
+
+def packed(draw: st.DrawFn, name: str) -> Sample:
+    shape, batch_first = draw(shapes(3, 4)), draw(st.booleans())
+    lengths = Entry((shape[not batch_first],), "lengths", shape[batch_first])
+    return Sample(overload(name), (Entry(shape), lengths, batch_first), resizable=True)
+
+
+def read(draw: st.DrawFn, name: str) -> Sample:
+    return Sample(overload(name), (Entry(()),))
 
 
 def restrided(draw: st.DrawFn, name: str) -> Sample:
@@ -685,6 +707,9 @@ SAMPLES: dict[Build, str] = {
     indexed: "index _unsafe_index",
     selected: "index_select",
     listed: "gather",
+    scattered: "scatter",
+    packed: "_pack_padded_sequence",
+    read: "_local_scalar_dense",
     restrided: "as_strided",
     padded: "constant_pad_nd",
     pixels: "pixel_shuffle pixel_unshuffle",

@@ -28,7 +28,7 @@ AXES = {
     "shufflenet_v2_x0_5": (35, 30),
     "squeezenet1_0": (27, 25),
     "swin_t": (78, 37),
-    "vit_b_32": (52, 12),
+    "small_vit": (16, 13),
 }
 
 
@@ -36,7 +36,8 @@ AXES = {
 def drawn(name: str) -> tuple[nn.Module, Tensor]:
     with vision.silenced():
         vision.torchvision()
-        build, size = next((b, s) for n, b, s in vision.zoo() if n == name)
+        small = {"small_vit": (vision.small_vit, 64)}
+        build, size = small.get(name) or next((b, s) for n, b, s in vision.zoo() if n == name)
         torch.manual_seed(0)
         model = build().double()
     return model, torch.randn(2, 3, size, size, dtype=torch.double)
@@ -60,21 +61,13 @@ def test_all_that_can_grow_grows_at_once(name: str) -> None:
     assert list(gg.lower(grown.graph).state_dict()) == list(model.state_dict())
 
 
-@pytest.mark.parametrize("name", [n for n in AXES if n not in ("vit_b_32", "swin_t")])
+@pytest.mark.parametrize("name", [n for n in AXES if n != "swin_t"])
 def test_every_axis_that_cannot_grow_says_why(name: str) -> None:
     model, images = drawn(name)
     for axis in gg.trace(model, images).axes.values():
         if axis.obstacle is not None:
             head = f"cannot widen axis '{axis.name}' ({axis.width} units): it "
             assert axis.obstacle.startswith(head)
-
-
-def test_the_hidden_units_of_a_vision_transformer_widen() -> None:
-    model, images = drawn("vit_b_32")
-    graph = gg.trace(model, images)
-    for layer in range(12):
-        axis = graph.axis(f"encoder.layers.encoder_layer_{layer}.mlp.0")
-        assert (axis.width, axis.obstacle) == (3072, None)
 
 
 @pytest.mark.parametrize("name", ["mobilenet_v3_small", "swin_t", "lraspp_mobilenet_v3_large"])

@@ -62,6 +62,13 @@ def small_maxvit() -> nn.Module:
     )
 
 
+def small_vit() -> nn.Module:
+    """Return a vision transformer for images of 64 by 64 pixels, its head not zero."""
+    model = torchvision().models.VisionTransformer(64, 16, 3, 4, 64, 128, num_classes=10)
+    nn.init.normal_(model.heads[0].weight)
+    return model
+
+
 def image_size(name: str) -> int:
     """Return an image size that `name` accepts, as small as its strides allow."""
     family = name.split("_")[0]

@@ -8,13 +8,15 @@ tensors over named axes, and the `Step`s that a proof follows.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -188,6 +190,24 @@ class _Interpreter(fx.Interpreter):
         self.watch.leave(n, result)
         return result
 
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        recurrent = isinstance(self.submodules[target], nn.RNNBase)
+        with _without_kernels() if recurrent else nullcontext():
+            return super().call_module(target, args, kwargs)
+
+
+@contextmanager
+def _without_kernels() -> Iterator[None]:
+    """Run recurrent layers as the operators that a step consists of, not as one of a library."""
+    before = torch._C._get_mkldnn_enabled(), torch._C._get_cudnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    torch._C._set_cudnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(before[0])
+        torch._C._set_cudnn_enabled(before[1])
+
 
 class _Watch(TorchDispatchMode):
     """Sees every ATen call of a run and relates the layouts of what goes in and comes out."""
@@ -251,9 +271,11 @@ class _Watch(TorchDispatchMode):
 
     def leave(self, n: fx.Node, result: Any) -> None:
         """Note the value of a node that ran: numbers for tensors, plain values for the rest."""
-        self.nodes[self.mode, n.name] = tree_map(self._noted, result)
+        self.nodes[self.mode, n.name] = tree_map(self._noted, result, is_leaf=_is_packed)
 
     def _noted(self, value: Any) -> Any:
+        if _is_packed(value):  # its class takes nothing but tensors
+            return tuple(map(self._noted, value))
         if isinstance(value, Tensor):
             return Slot(self.number(value))
         return value
@@ -369,6 +391,10 @@ class _Watch(TorchDispatchMode):
                 inputs = (before, self.number(tensor))
                 step = Step(self.mode, self.node, self.where, func, (), {}, row, inputs, (after,))
                 self.steps.append((step, Outcome([self.dims[before]])))
+
+
+def _is_packed(value: Any) -> bool:
+    return isinstance(value, PackedSequence)
 
 
 def _no_relation(c: Call) -> Outcome:

@@ -188,6 +188,7 @@ def is_torch_leaf(module: nn.Module) -> bool:
 def _torch_layers() -> tuple[type[nn.Module], ...]:
     containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
     composed = (
+        nn.MultiheadAttention,
         nn.Transformer,
         nn.TransformerEncoder,
         nn.TransformerDecoder,

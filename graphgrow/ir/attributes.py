@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from graphgrow.errors import NotApplicable
 from graphgrow.ir.layout import Layout
 from graphgrow.nn import CapNorm, Rational
 
@@ -89,6 +90,23 @@ def _layer_norm(m: Any, s: Sizes) -> dict[str, Any]:
     return {"normalized_shape": tuple(layout.size(s.after) for layout in last)}
 
 
+def _recurrent(m: Any, s: Sizes) -> dict[str, Any]:
+    """A projection of the state has its own width; layers and directions share theirs."""
+    sizes = {"input_size": s("weight_ih_l0", 1), "hidden_size": s("weight_hh_l0", 1)}
+    if not m.proj_size:
+        return sizes
+    hidden, projected = s("weight_hr_l0", 1), s("weight_hr_l0", 0)
+    if projected >= hidden:
+        raise NotApplicable(
+            f"torch projects {hidden} units to fewer only, not to {projected}; widen those first"
+        )
+    return sizes | {"hidden_size": hidden, "proj_size": projected}
+
+
+def _cell(m: Any, s: Sizes) -> dict[str, Any]:
+    return {"input_size": s("weight_ih", 1), "hidden_size": s("weight_hh", 1)}
+
+
 def _fixed(m: Any, s: Sizes) -> dict[str, Any]:
     return {}
 
@@ -103,12 +121,18 @@ _ROWS: tuple[tuple[type | tuple[type, ...], Callable[[Any, Sizes], dict[str, Any
     (nn.Embedding, _embedding),
     (nn.PReLU, _prelu),
     ((nn.LayerNorm, nn.RMSNorm), _layer_norm),
+    (nn.RNNBase, _recurrent),
+    (nn.RNNCellBase, _cell),
     (Rational, _fixed),
 )
 
 
 def resized(module: nn.Module, sizes: Sizes) -> dict[str, Any]:
-    """Return the attributes of a leaf that change, with their new values."""
+    """Return the attributes of a leaf that change, with their new values.
+
+    Raises:
+        NotApplicable: where the layer takes no such sizes.
+    """
     row = next((row for kind, row in _ROWS if isinstance(module, kind)), _fixed)
     new = row(module, sizes)
     return {name: value for name, value in new.items() if getattr(module, name) != value}

@@ -8,7 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.nn import functional as F
 
+from graphgrow.ir.attention import attend
+
+# functions recorded as what others they consist of: their own code ties sizes to each other
+WRITTEN_OUT: Mapping[Any, Callable[..., Any]] = {F.multi_head_attention_forward: attend}
 _METHODS = {
     function: name
     for name in reversed(dir(Tensor))  # a plain name wins over a dunder of the same function
@@ -25,7 +30,7 @@ _RANDOM = ("rand", "bernoulli", "dropout", "normal", "uniform", "multinomial", "
 _UPDATES = ("batch_norm", "instance_norm")
 _SIZED_BY_VALUES = frozenset(
     "nonzero argwhere masked_select unique unique_consecutive bincount repeat_interleave one_hot "
-    "_unique2".split()
+    "_unique2 _pack_padded_sequence".split()
 )
 _SIZED_BY_FIRST = frozenset(
     "index_add index_put index_copy index_fill scatter scatter_add scatter_reduce "

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import transformer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _NOT_USERS = tuple(
@@ -49,6 +50,7 @@ def intercepted(listener: Listener) -> Iterator[None]:
     The patches are global, so the listener must tell its own thread from others.
     """
     call, length, tracing = nn.Module.__call__, builtins.len, torch.jit.is_tracing
+    is_causal = transformer._detect_is_causal_mask
     apply = vars(torch.autograd.Function)["apply"]
 
     @functools.wraps(call)
@@ -68,7 +70,12 @@ def intercepted(listener: Listener) -> Iterator[None]:
     def heard_question() -> bool:
         return listener.listens() or tracing()
 
+    def heard_is_causal(mask: Tensor | None, hint: bool | None = None, size: Any = None) -> bool:
+        # whether the mask's values are causal is torch's own question, asked for speed alone
+        return bool(hint) if listener.listens() else is_causal(mask, hint, size)
+
     try:
+        transformer._detect_is_causal_mask = heard_is_causal
         nn.Module.__call__ = heard_call
         setattr(torch.autograd.Function, "apply", classmethod(heard_apply))  # noqa: B010
         builtins.len = heard_length
@@ -76,6 +83,7 @@ def intercepted(listener: Listener) -> Iterator[None]:
         yield
     finally:
         nn.Module.__call__, builtins.len, torch.jit.is_tracing = call, length, tracing
+        transformer._detect_is_causal_mask = is_causal
         setattr(torch.autograd.Function, "apply", apply)  # noqa: B010
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -66,6 +67,8 @@ class Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         if not self.listens():
             return func(*args, **kwargs)
+        if func in calls.WRITTEN_OUT:
+            return self._written_out(func, args, kwargs)
         if calls.is_size(func):
             return self._size(func, args, kwargs)
         if calls.reads_values(func):
@@ -79,6 +82,21 @@ class Recorder(TorchFunctionMode):
             return out
         op, target, spelled = calls.spell(func, args)
         return self._record(op, target, spelled, kwargs, out, written)
+
+    def _written_out(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Call what `func` consists of; its nodes remember whose parts they are.
+
+        `func` is called as well, since it may refuse sizes that its parts would take.
+        """
+        with self._pause():
+            func(*args, **kwargs)
+        nodes = self._tape.graph.nodes
+        last = next(reversed(nodes), None)
+        with self:  # torch runs __torch_function__ outside its mode
+            out = calls.WRITTEN_OUT[func](*args, **kwargs)
+        for node in itertools.takewhile(lambda n: n is not last, reversed(nodes)):
+            node.meta["part_of"] = func.__name__
+        return out
 
     def call(self, original: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
         """Call `module`: as one node where it is a leaf, else recording what it does inside."""

@@ -411,6 +411,28 @@ def gather(c: Call) -> Outcome:
     return Outcome([list(c.of(listed))])
 
 
+def scatter(c: Call) -> Outcome:
+    """Write to listed positions of one dim; the other dims stay where all of them are written."""
+    x, d, written = c.args[0], c.args[1] % max(c.args[0].dim(), 1), c.tensors()[1:]
+    for tensor in written:
+        for k, parts in enumerate(c.of(tensor)):
+            if k == d or tensor.shape[k] != x.shape[k]:
+                freeze(parts, "lists positions of another tensor")
+                freeze(c.of(x)[k], "is indexed by a tensor")
+            else:
+                unify(parts, c.of(x)[k])
+    return same(c)
+
+
+def pack(c: Call) -> Outcome:
+    """Lay the positions of sequences of several lengths in a row, without those behind the ends."""
+    x, lengths = c.args[:2]
+    for parts in (*c.of(x)[:2], *c.of(lengths)):
+        freeze(parts, "is a sequence or a position of one")
+    data, sizes = c.outs
+    return Outcome([[_free(data.shape[0]), *c.of(x)[2:]], _frozen(sizes)])
+
+
 def pad(c: Call) -> Outcome:
     """Put constant positions before and after each padded dim."""
     x, amounts = c.args[0], list(c.args[1])
@@ -828,6 +850,7 @@ ROWS: dict[Any, Row] = _table(
     (Row(index, **MOVE), "index _unsafe_index"),
     (Row(index_select, **MOVE), "index_select"),
     (Row(gather, **MOVE), "gather"),
+    (Row(pack, **MOVE), "_pack_padded_sequence"),
     (Row(pixel_shuffle, **MOVE), "pixel_shuffle"),
     (Row(pixel_unshuffle, **MOVE), "pixel_unshuffle"),
     (Row(channel_shuffle, **MOVE), "channel_shuffle native_channel_shuffle"),
@@ -855,6 +878,7 @@ ROWS: dict[Any, Row] = _table(
     (Row(sampled, Kind.SEPARATE, "zero", True), "grid_sampler_2d grid_sampler_3d"),
     (REDUCE, "amax amin max min"),
     (Row(reduce, Kind.SEPARATE, "zero", True), "std"),
+    (Row(scatter, Kind.SEPARATE), "scatter"),
     (Row(norm, Kind.SUM, "zero", True), "linalg_vector_norm norm"),
     (Row(reduce, Kind.SEPARATE, "zero"), "var prod"),
     (Row(reduce, Kind.SEPARATE), "any all argmax argmin logsumexp var_mean std_mean median"),
@@ -885,6 +909,7 @@ ROWS: dict[Any, Row] = _table(
     (FILL, "zeros ones full empty zeros_like ones_like full_like empty_like new_zeros new_ones"),
     (FILL, "new_full new_empty empty_strided new_empty_strided empty_permuted scalar_tensor"),
     (RANDOM, "rand randn"),
+    (COUNT, "_local_scalar_dense"),
     (COUNT, "arange linspace eye tril_indices triu_indices randint randperm"),
 )
 for _name in ("zeros_like", "ones_like", "full_like", "empty_like"):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.fx.node import map_aggregate
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves
 
 from graphgrow.errors import UnsupportedOp
@@ -122,6 +123,12 @@ class Tape:
 
     def argument(self, value: Any) -> Any:
         """Return `value` with every tensor and size in it replaced by its node."""
+        if isinstance(value, PackedSequence):  # not even its parts' nodes make one
+            return self.add("call_function", PackedSequence, self.argument(tuple(value)))
+        if type(value) is tuple:
+            return tuple(self.argument(part) for part in value)
+        if type(value) is dict:
+            return {key: self.argument(part) for key, part in value.items()}
         return map_aggregate(value, self._leaf)
 
     def _leaf(self, value: Any) -> Any:

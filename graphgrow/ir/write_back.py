@@ -29,7 +29,7 @@ def write_back(graph: Graph, model: nn.Module) -> nn.Module:
     stated = None if misfit else _stated(graph, model)
     if stated is None:
         name = type(model).__name__
-        fact = misfit or next(_edited(graph))
+        fact = misfit or next(_edited(graph, model))
         raise NotApplicable(f"cannot lower into '{name}': {fact}; lower without into")
     _tell(model, graph, stated)
     own = dict(model.named_modules(remove_duplicate=False))
@@ -69,7 +69,7 @@ def _stated(graph: Graph, model: nn.Module) -> Attributes | None:
     the modules there that state these numbers get the new ones, and a recording of a copy with the
     graph's tensors has to be the graph.
     """
-    if next(_edited(graph), None) is None:
+    if next(_edited(graph, model), None) is None:
         return {}
     found = _gaps_of(model, graph)
     if found is None or any(gap.numbers is None for gap in found):
@@ -178,11 +178,22 @@ def _misfits(graph: Graph, model: nn.Module) -> Iterator[str]:
         yield "it shares a module between paths where the graph has two"
 
 
-def _edited(graph: Graph) -> Iterator[str]:
-    """Yield a sentence for every call in which a rewrite changed a number."""
+def _edited(graph: Graph, model: nn.Module) -> Iterator[str]:
+    """Yield a sentence for every call that a rewrite changed: a number, or sizes that it ties.
+
+    The graph has the parts of a call whose own code ties the sizes of its tensors.
+    """
+    held = dict(tensors(model))
     for node in (*graph.train.nodes, *graph.eval.nodes):
         if "edited" in node.meta:
             yield f"its forward would need another literal at '{node.name}' ({node.meta['edited']})"
+        for read in node.all_input_nodes if "part_of" in node.meta else ():
+            old, new = (state.get(str(read.target)) for state in (held, graph.state))
+            if old is not None and new is not None and old.shape != new.shape:
+                yield (
+                    f"its forward calls '{node.meta['part_of']}' with '{read.target}' of "
+                    f"{tuple(old.shape)}, which becomes {tuple(new.shape)}"
+                )
 
 
 def _registered(graph: Graph) -> dict[str, Tensor]:

@@ -96,6 +96,7 @@ class Follower:
         self._means: dict[int, int] = {}
         self._silent: set[ParameterDim] = set()
         self._parts: dict[int, Parts] = {}
+        self.stuck = np.zeros(len(self.new), dtype=bool)  # zero in two factors: neither ever moves
         self.needed = self._needed()
         self.guess = self._guess()
 
@@ -200,6 +201,9 @@ class Follower:
             source = self.resized.analysis.sources.get(number)
             found = self._of_source(source) if source is not None else self.arbitrary()
             self.contents[number] = found
+            if source is not None and len(dims := self.resized.dims(source.path)) == 1:
+                at = ParameterDim(source.path, dims[0])
+                self._note_parts(number, at, self.slices(at))
         return self.contents[number]
 
     def arbitrary(self) -> Content:
@@ -302,10 +306,34 @@ class Follower:
         if not any(self._has(number) for number in step.outputs):
             return None
         averaged = [2] if meeting else self._carrying(step)
+        self._meet(step, [slot for slot in averaged if slot < 2])
         if averaged == [2]:
             content = self.content(step.inputs[2])
             return self._masked(content.zero(), 0.0) if not _draws(step) else self.arbitrary()
         return self._kept(step)
+
+    def _meet(self, step: Step, factors: list[int]) -> None:
+        """Note new units that are zero in both factors of a product (new heads), and stay so."""
+        if len(factors) != 2:
+            return
+        numbers = [step.inputs[slot] for slot in factors]
+        zero = self.content(numbers[0]).zero() & self.content(numbers[1]).zero()
+        if zero.any() and not self._read_elsewhere(step, numbers):
+            self.stuck |= zero
+
+    def _read_elsewhere(self, step: Step, numbers: list[int]) -> bool:
+        """Return whether what leads to some values is read by steps that do not lead to them."""
+        steps = [s for s in self.resized.analysis.steps if s.mode == step.mode]
+        makers = {number: s for s in steps for number in s.outputs}
+        values, leading, left = set(), {id(step)}, list(numbers)
+        while left:
+            number = left.pop()
+            if number not in values and self._has(number):
+                values.add(number)
+                maker = makers.get(number)
+                leading.add(id(maker))
+                left += maker.inputs if maker is not None else ()
+        return any(id(s) not in leading and not values.isdisjoint(s.inputs) for s in steps)
 
     def _move_parts(self, step: Step) -> None:
         """Follow the parts of a packed dim; one of which nothing is left but zeros is zero."""
@@ -612,6 +640,8 @@ class Follower:
         weights = [s for s in kept if self._source(step, s) is not None]
         if len(kept) == 1 and weights:
             return self._rows(step, weights[0], contracted.get(weights[0]))
+        if not weights:
+            self._meet(step, kept)
         contents = [self.content(step.inputs[s]) for s in kept]
         zero = np.any([c.zero() for c in contents], axis=0)
         like, scale = self._agreed_factors(step, kept, weights)
@@ -681,8 +711,15 @@ class Follower:
             return self.arbitrary()
         like, scale = self.guess
         value = _one_number(bias[torch.from_numpy(self.new)])
-        zero = (rows[torch.from_numpy(self.new)] == 0).all(1).numpy() & ~np.isnan(value)
-        self._note_parts(step, ParameterDim(source.path, dims[0]), rows, bias)
+        zero = (rows[torch.from_numpy(self.new)] == 0).all(1).numpy()
+        if source.dims is not None:
+            self._note_parts(step.outputs[0], ParameterDim(source.path, dims[0]), rows, bias)
+        else:  # perhaps a part of the tensor, which may be zero where the others are not
+            zero = zero | self.content(step.inputs[slot]).zero()
+            added = None if step.bias is None else self.content(step.inputs[step.bias])
+            if added is not None:
+                value = np.where(added.constant(), added.scale, value)
+        zero = zero & ~np.isnan(value)
         both = torch.cat([rows, bias], 1)
         fits = np.array(
             [
@@ -700,18 +737,24 @@ class Follower:
             np.ones(len(self.new)),
         )
 
-    def _note_parts(self, step: Step, at: ParameterDim, rows: Tensor, bias: Tensor) -> None:
-        """Note where some parts of a packed dim have no weights for new units, and others have."""
+    def _note_parts(
+        self, number: int, at: ParameterDim, rows: Tensor, bias: Tensor | None = None
+    ) -> None:
+        """Note where some parts of a packed dim have no weights for new units, and others have.
+
+        `number` is the value that has the dim: the tensor itself, or what its rows write.
+        """
         layout = self.resized.analysis.state[at.path][at.dim]
         places = self.resized.at(at.path, at.dim).shape[1]
         new = torch.from_numpy(self.new)
-        if places == 1 or bias.shape[1] not in (1, places):
+        if places == 1 or (bias is not None and bias.shape[1] not in (1, places)):
             return
-        used = (rows[new].reshape(len(new), places, -1) != 0).any(2) | (bias[new] != 0)
+        used = (rows[new].reshape(len(new), places, -1) != 0).any(2)
+        used = used if bias is None else used | (bias[new] != 0)
         zero = ~used.any(0).numpy()
         if zero.any() and not zero.all():
             widths = self.resized.analysis.widths()
-            self._parts[step.outputs[0]] = Parts.of(layout, self.axis, widths, zero)
+            self._parts[number] = Parts.of(layout, self.axis, widths, zero)
 
     def _tolerance(self, scale: float) -> float:
         return 0.0 if scale == 1 else self._eps()

@@ -264,9 +264,8 @@ def _split(edits: _Edits, node: fx.Node) -> Call | None:
             return node.target, (x, wanted[0], *rest), dict(node.kwargs)
     elif [edits.number(s) for s in sizes] == wanted:
         return None
-    if node.op == "call_method":
-        return "split", (x, wanted, at), {}
-    return torch.split, (x, wanted, at), {}
+    target = "split" if node.op == "call_method" else torch.split
+    return target, (x, wanted, *rest), dict(node.kwargs)
 
 
 def _pieces(edits: _Edits, node: fx.Node, at: Any) -> list[Layout] | None:

@@ -61,7 +61,7 @@ class Verdict:
 
 def judge(follower: Follower, narrow: Mapping[str, Tensor]) -> Verdict:
     """Return whether the followed axis computes what the tensors of the narrower one do."""
-    alive, stuck = np.zeros((2, len(follower.new)), dtype=bool)
+    alive, stuck = np.zeros(len(follower.new), dtype=bool), follower.stuck.copy()
     folds: dict[str, Tensor] = {}
     lines: dict[tuple[str, str], list[str]] = {}
     made_up = compensated(follower)

@@ -91,7 +91,11 @@ def _retold(
         layouts = [*sizes.input, *(layout for dims in sizes.tensors.values() for layout in dims)]
         if all(axis not in layout.axes() for layout in layouts) and path not in scaled:
             continue
-        told = resized(module, sizes)
+        try:
+            told = resized(module, sizes)
+        except NotApplicable as error:
+            name = type(module).__name__
+            raise NotApplicable(f"cannot resize {name} '{path}': {error}") from None
         if path in scaled:
             told = {**told, "eps": _eps(path, module) * scaled[path]}
         if told and id(module) not in fresh:
