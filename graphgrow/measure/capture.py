@@ -20,7 +20,7 @@ from graphgrow.ir.rules import Kind, row_of
 from graphgrow.measure.routes import Product
 
 Desired = Callable[[Product, Mapping[Product, Tensor], Tensor], None]
-"""Takes a use of a weight, what each use read, and the gradient of the loss at its output."""
+"""Takes a use of a weight, what each use read, and the desired update of its output."""
 
 
 class Capture:
@@ -45,14 +45,19 @@ class Capture:
         loss: Callable[[Any, Any], Tensor],
         wanted: Collection[Product],
         desired: Desired,
+        examples: int,
     ) -> float:
-        """Return the loss of a batch; `desired` is called in the backward pass for `wanted`."""
+        """Return the loss of a batch; `desired` is called in the backward pass for `wanted`.
+
+        The loss is a mean over examples; desired updates are those of their sum.
+        """
         run = _Run(self, wanted, desired)
         with torch.random.fork_rng([d.index or 0 for d in self.devices]), torch.enable_grad():
             try:
                 value = loss(run.run(*tree_map(_plain, inputs)), target)
                 if run.anchors and value.requires_grad:
-                    torch.autograd.grad(value, run.anchors, allow_unused=True)
+                    start = torch.full_like(value, -examples)
+                    torch.autograd.grad(value, run.anchors, start, allow_unused=True)
             finally:
                 run.forget()
         return float(value.detach())
