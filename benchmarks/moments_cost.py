@@ -5,9 +5,13 @@
 `mlp` is 784-256-256-10 on 10 batches of 256, `resnet18` that for CIFAR at full width (11.2 million
 parameters) on 4 batches of 64, its axes those inside the 8 blocks. Every row is a process of its
 own, all on the same random batches: CPU seconds of the one thread (the median over the rounds, in
-which rows take turns) and the peak of resident memory. "project" goes through the batches twice and
-also gives TINY's projected cross moment. With `--gromo`, the interpreter of an environment that has
-gromo 0.1.0 (it needs nothing of this package), its statistics for the same axes are a row, too.
+which rows take turns) and the peak of resident memory. "S and N" and "N" are what TINY without
+projection and GradMax need; "put together" also makes every matrix, one axis after another, as
+scores do; "project" goes through the batches twice and gives TINY's projected cross moment, too.
+With `--gromo`, the interpreter of an environment that has gromo 0.1.0 (it needs nothing of this
+package), its statistics for the same axes are a row, too. Then multiplications for one example,
+over those of plain forward and backward: of forward and backward without weight gradients, and of
+each moment as it is asked for in definitions, at every distance once, and by transforms.
 """
 
 from __future__ import annotations
@@ -26,7 +30,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 ROUNDS = {"mlp": 5, "resnet18": 1}
-ROWS = ("plain", "moments", "project")
+ROWS: dict[str, dict[str, Any]] = {
+    "moments": {},
+    "S and N": {"of": ("inputs", "cross")},
+    "N": {"of": ("cross",)},
+    "project": {"project": True},
+    "put together": {},
+}
 
 
 class Block(nn.Module):
@@ -83,7 +93,7 @@ def plain(name: str, batches: list[Any]) -> Callable[[], None]:
     return run
 
 
-def ours(name: str, batches: list[Any], project: bool) -> Callable[[], None]:
+def ours(name: str, batches: list[Any], row: str) -> Callable[[], None]:
     """Return what measures every hidden axis of the MLP, or inside every block."""
     import graphgrow as gg
 
@@ -93,7 +103,13 @@ def ours(name: str, batches: list[Any], project: bool) -> Callable[[], None]:
     assert len(axes) == (2 if name == "mlp" else 8)
 
     def run() -> None:
-        gg.moments(graph, batches, F.cross_entropy, axes, project=project)
+        found = gg.moments(graph, batches, F.cross_entropy, axes, **ROWS[row])
+        for measured in found.values() if row == "put together" else ():
+            for make in (lambda m: m.inputs, lambda m: m.cross):
+                make(measured)
+            for consumer in measured.consumers:
+                for make in (lambda c: c.present, lambda c: c.desired, lambda c: c.gradient):
+                    make(consumer)
 
     return run
 
@@ -139,7 +155,7 @@ def measure(name: str, row: str) -> None:
     elif row == "gromo":
         run = gromo(name, batches)
     else:
-        run = ours(name, batches, row == "project")
+        run = ours(name, batches, row)
     if name == "mlp":
         run()  # warm caches
     start = time.process_time()
@@ -150,7 +166,7 @@ def measure(name: str, row: str) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    interpreters = dict.fromkeys(ROWS, sys.executable)
+    interpreters = dict.fromkeys(("plain", *ROWS), sys.executable)
     if "--gromo" in arguments:
         at = arguments.index("--gromo")
         interpreters["gromo"] = arguments[at + 1]
@@ -169,7 +185,7 @@ def main(arguments: list[str]) -> None:
             seconds = statistics.median(v["seconds"] for v in values)
             peak = statistics.median(v["MiB"] for v in values)
             ratios = f"{seconds / base['seconds']:5.2f} × plain {peak / base['MiB']:9.2f} × plain"
-            print(f"{name:9} {row:8} {seconds:8.3f} s {peak:7.0f} MiB {ratios}", flush=True)
+            print(f"{name:9} {row:12} {seconds:8.3f} s {peak:7.0f} MiB {ratios}", flush=True)
 
 
 if __name__ == "__main__":

@@ -57,21 +57,21 @@ class Correlation:
             stretches = [a.stretches[n] for a, n in zip(along, numbers, strict=True)]
             (whole if all(s.whole for s in stretches) else ends).append(numbers)
         if cheaper(x, y, along, whole):
-            for numbers, found in lags(x, y, along, whole):
-                self._put((pattern, numbers), found)
+            for numbers, rows, found in lags(x, y, along, whole):
+                self._sum((pattern, numbers), x, y)[:, rows] += found
         else:
             ends = wanted
         for numbers in ends:
             stretches = zip(along, numbers, strict=True)
             places = [a.stretches[n].places(a.steps) for a, n in stretches]
             read, wanted_ = zip(*places, strict=True)
-            self._put((pattern, numbers), x.rows(read) @ y.rows(wanted_).mT)
+            self._sum((pattern, numbers), x, y).add_(x.rows(read) @ y.rows(wanted_).mT)
 
-    def _put(self, key: Key, found: Tensor) -> None:
+    def _sum(self, key: Key, x: Image, y: Image) -> Tensor:
         if key not in self.sums:
-            zeros = torch.zeros(found.shape, dtype=torch.double, device=found.device)
-            self.sums[key] = zeros
-        self.sums[key] += found
+            shape = max(x.groups, y.groups), x.channels, y.channels
+            self.sums[key] = x.values.new_zeros(shape, dtype=torch.double)
+        return self.sums[key]
 
     def sizes(self) -> tuple[int, int]:
         """Return how many entries x and y have in a group, all offsets counted."""

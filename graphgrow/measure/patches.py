@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ENTRIES = 1 << 22  # numbers in one chunk of patches: 16 MiB in float32
+ENTRIES = 1 << 23  # numbers in one chunk of what is read: 32 MiB in float32
 
 
 @dataclass(frozen=True)

@@ -21,21 +21,28 @@ Offset = tuple[int, ...]
 
 def lags(
     x: Image, y: Image, along: Sequence[Along], wanted: Sequence[Offset]
-) -> Iterator[tuple[Offset, Tensor]]:
-    """Yield sums of products `(g, e, f)` for whole stretches, one number for each dim."""
+) -> Iterator[tuple[Offset, slice, Tensor]]:
+    """Yield sums of products for whole stretches, one number for each dim.
+
+    They come in parts `(g, e, f)`: some of the channels of x, as the slice says.
+    """
     steps = tuple(zip(*(a.steps for a in along), strict=True))
-    lengths = tuple(
-        _length(a, x_size, y_size, {n[d] for n in wanted})
-        for d, (a, x_size, y_size) in enumerate(zip(along, x.space, y.space, strict=True))
-    )
+    lengths = _lengths(x, y, along, wanted)
     for (one, other), found in _by_phase(along, wanted).items():
-        here = x.spectrum(one, steps[0], lengths).mH
+        here = x.spectrum(one, steps[0], lengths)
         there = y.spectrum(other, steps[1], lengths)
         reached = [sorted({lag[d] for lag in found}) for d in range(len(along))]
-        sums = _back(here @ there, lengths, reached)
-        for lag, numbers in found.items():
-            at = tuple(places.index(n) for places, n in zip(reached, lag, strict=True))
-            yield numbers, sums[at]
+        for rows in _cut(x.channels, len(there) * y.values.shape[1]):
+            sums = _back(here[..., rows].mH @ there, lengths, reached)
+            for lag, numbers in found.items():
+                at = tuple(places.index(n) for places, n in zip(reached, lag, strict=True))
+                yield numbers, rows, sums[at]
+
+
+def _cut(channels: int, size: int) -> Iterator[slice]:
+    """Yield even parts of channels, each of which has `size` numbers in a product of spectra."""
+    rows = math.ceil(channels / math.ceil(channels * size / PRODUCT))
+    yield from (slice(start, start + rows) for start in range(0, channels, rows))
 
 
 def cheaper(x: Image, y: Image, along: Sequence[Along], wanted: Sequence[Offset]) -> bool:
@@ -50,10 +57,7 @@ def cheaper(x: Image, y: Image, along: Sequence[Along], wanted: Sequence[Offset]
     for numbers in wanted:
         stretches = [a.stretches[n] for a, n in zip(along, numbers, strict=True)]
         places += math.prod(s.high - s.low for s in stretches)
-    lengths = [
-        _length(a, x_size, y_size, {n[d] for n in wanted})
-        for d, (a, x_size, y_size) in enumerate(zip(along, x.space, y.space, strict=True))
-    ]
+    lengths = _lengths(x, y, along, wanted)
     frequencies = math.prod(lengths[:-1]) * (lengths[-1] // 2 + 1)
     phases = _by_phase(along, wanted)
     pairs = x.channels * y.channels
@@ -61,12 +65,14 @@ def cheaper(x: Image, y: Image, along: Sequence[Along], wanted: Sequence[Offset]
     transforms *= x.channels * len({x for x, _ in phases}) + y.channels * len(
         {y for _, y in phases}
     )
-    spectral = frequencies * len(phases) * (4 * x.examples + OVERHEAD) * pairs + transforms
+    spectral = frequencies * len(phases) * (4 * x.examples + BACK) * pairs + transforms
     return spectral < (places * x.examples + OVERHEAD * len(wanted)) * pairs
 
 
 TRANSFORM = 200  # multiplications that one frequency of one channel takes the time of
-OVERHEAD = 24  # examples whose products take the time of going through a sum
+PRODUCT = 3 << 20  # numbers in a product of spectra: allocators reuse what is below 32 MiB
+BACK = 80  # multiplications that take the time of transforming one frequency back
+OVERHEAD = 60  # multiplications that take the time of adding one product to a sum
 
 
 def _by_phase(
@@ -85,6 +91,11 @@ def _by_phase(
     return found
 
 
+def _lengths(x: Image, y: Image, along: Sequence[Along], wanted: Sequence[Offset]) -> Offset:
+    spaces = zip(along, x.space, y.space, strict=True)
+    return tuple(_length(a, *size, {n[d] for n in wanted}) for d, (a, *size) in enumerate(spaces))
+
+
 def _length(along: Along, x: int, y: int, wanted: set[int]) -> int:
     """Return a length of transforms that keeps all wanted distances of one dim apart."""
     distances = [
@@ -96,7 +107,7 @@ def _length(along: Along, x: int, y: int, wanted: set[int]) -> int:
 
 
 def _smooth(number: int) -> bool:
-    for prime in (2, 3, 5):
+    for prime in (2, 3, 5, 7, 11, 13, 17):
         while number % prime == 0:
             number //= prime
     return number == 1
@@ -113,6 +124,7 @@ def _back(product: Tensor, lengths: Offset, reached: list[list[int]]) -> Tensor:
         weights = torch.polar(torch.full_like(turns, 1 / length), turns * (-2 * math.pi / length))
         if dim == len(lengths) - 1:
             weights[:, 1 : (length + 1) // 2] *= 2  # the other half of a real signal's spectrum
-        found = found.reshape(*counts[:dim], count, -1)
-        found = weights.to(found) @ found
+        done = math.prod(counts[:dim])
+        inverse = weights.to(found).expand(done, -1, -1)
+        found = inverse.bmm(found.reshape(done, count, -1))
     return found.real.reshape(*map(len, reached), *shape)
