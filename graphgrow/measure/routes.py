@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+import torch
+from torch.utils._pytree import tree_map
 
 from graphgrow.errors import NotApplicable
 from graphgrow.ir.analyse import Analysis, Axis, Slot, Step
 from graphgrow.ir.graph import Graph
 from graphgrow.ir.rules import Kind, aten
-from graphgrow.measure.patches import Pool, Window
+from graphgrow.measure.patches import Pool, Window, centred, in_place
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ class Read:
 class Route:
     """All ways of one axis in one mode, by producers and consumers in the order of the axis.
 
-    `parts` is the number of channels that one unit has, each with weights of its own: above 1
+    Producers of gates alone are left out. `parts` is the number of channels that one unit has, each with weights of its own: above 1
     inside the groups of a convolution.
     """
 
@@ -121,10 +124,15 @@ _MATRICES = {aten.mm, aten.addmm, aten.linear}
 
 @dataclass(frozen=True, eq=False)
 class _Carried:
-    """What one value carries of an axis: which feeds, and how many positions in the units' dim."""
+    """What one value carries of an axis: which feeds, and how many positions in the units' dim.
+
+    `rest` is what a new unit with zero incoming weights and neutral norms holds there, None where
+    that is not known.
+    """
 
     feeds: frozenset[Feed]
     flat: int = 0
+    rest: float | None = 0.0
 
 
 @dataclass(eq=False)
@@ -148,6 +156,8 @@ class _Walk:
                 self._step(step, self.products.get(index))
         if not self.reads:
             raise self._refusal("no layer reads what it writes")
+        fed = {f.product for reads in self.reads.values() for r in reads for f in r.feeds}
+        self.writes = {path: ps for path, ps in self.writes.items() if fed.intersection(ps)}
         parts = {self._parts(p.step.outputs[0]) for ps in self.writes.values() for p in ps}
         if len(parts) != 1:
             raise self._refusal("its producers write different numbers of channels for a unit")
@@ -179,6 +189,8 @@ class _Walk:
         """Return whether the weight, not the activation alone, gives the output its units."""
         weight = self.analysis.values[step.inputs[product.slot]]
         if self.axis.name in step.batched:
+            if any(number in self.carried for number in step.inputs):
+                return False
             raise self._refusal(f"{step.where} has filters of its own for each unit")
         dims = {dim for slot, dim in step.contracted if slot == product.slot}
         return any(
@@ -222,20 +234,73 @@ class _Walk:
         carried = [self.carried[step.inputs[s]] for s in incoming]
         for number in step.outputs:
             if number in self.held:
-                feeds = self._passed(step, step.inputs[incoming[0]], number, carried)
-                self.carried[number] = feeds
+                found = self._passed(step, step.inputs[incoming[0]], number, carried)
+                self.carried[number] = replace(found, rest=self._rest(step))
 
     def _passed(self, step: Step, before: int, after: int, carried: list[_Carried]) -> _Carried:
         kind, name, first = step.row.kind, step.func.overloadpacket, carried[0]
         if kind is Kind.POINTWISE:
-            return _Carried(self._joined(step, carried), first.flat)
+            gated = self._gated(step)
+            return gated or _Carried(self._joined(step, carried), first.flat)
         if kind is Kind.NORM or name is aten.native_dropout:
             return first
         if kind is Kind.SEPARATE and name in _POOLS and not first.flat:
             return _Carried(self._pooled(step, before, first))
         if kind is Kind.MOVE and name in _MOVES and len(carried) == 1:
             return self._moved(step, before, after, first)
-        raise self._refusal(f"{step.where} ('{name.__name__}') {_WHY}")
+        if kind is Kind.CONTRACT and name in _CONVOLUTIONS and len(carried) == 1:
+            return self._filtered(step, before, first)
+        why = _LARGEST if name in _MAXIMA else _WHY
+        raise self._refusal(f"{step.where} ('{name.__name__}') {why}")
+
+    def _rest(self, step: Step) -> float | None:
+        """Return what a new unit holds after a step where it starts with zero incoming weights."""
+        rests = {n: self.carried[n].rest for n in step.inputs if n in self.carried}
+        if step.row.kind is not Kind.POINTWISE or not set(step.inputs) <= set(rests):
+            return 0.0 if set(rests.values()) == {0.0} and self._scales(step) else None
+        if None in rests.values():
+            return None
+
+        def operand(a: Any) -> Any:
+            return torch.tensor(rests[step.inputs[a.number]]) if isinstance(a, Slot) else a
+
+        args, kwargs = tree_map(operand, (step.args, dict(step.kwargs)))
+        return float(step.func(*args, **kwargs))
+
+    def _scales(self, step: Step) -> bool:
+        """Return whether a step keeps zeros: all but sums with something else do."""
+        return step.func.overloadpacket not in _SUMS or step.row.kind is not Kind.POINTWISE
+
+    def _gated(self, step: Step) -> _Carried | None:
+        """Return what a product of units and their gates passes on, None where it is none."""
+        inside = [n for n in step.inputs if n in self.carried]
+        units = [n for n in inside if self.carried[n].rest == 0.0]
+        if step.func.overloadpacket not in _PRODUCTS or len(inside) != 2 or len(units) != 1:
+            return None
+        (gate,) = set(inside) - set(units)
+        whole = self._lattice(units[0]) == self._lattice(step.outputs[0])
+        if self.carried[gate].rest is None or not whole:
+            return None
+        return self.carried[units[0]]
+
+    def _filtered(self, step: Step, number: int, carried: _Carried) -> _Carried:
+        """Return what filters of each unit's own pass on if those of new ones have a centre alone.
+
+        Then a unit keeps its positions, or every so many of them.
+        """
+        product = _product(self.analysis, step)
+        if product is None or product.window is None or self.axis.name not in step.batched:
+            raise self._refusal(f"{step.where} ('convolution') {_WHY}")
+        widths, weight = self.analysis.widths(), self.analysis.values[step.inputs[product.slot]]
+        out, inside, *kernel = (layout.size(widths) for layout in weight)
+        if inside != 1 or out != product.window.groups or carried.flat:
+            raise self._refusal(f"{step.where} mixes the channels of each unit")
+        if in_place(product.window, tuple(kernel)):
+            return carried
+        args = (tuple(kernel), product.window)
+        dims, positions = self._dim(number), self._lattice(number)[1:]
+        pool = Pool(centred, args, {}, dims, self._dim(step.outputs[0]), positions)
+        return _Carried(frozenset(Feed(f.product, (*f.pools, pool)) for f in carried.feeds))
 
     def _pooled(self, step: Step, number: int, carried: _Carried) -> frozenset[Feed]:
         """Return the feeds after a linear pooling, which patches can go through as units do."""
@@ -310,9 +375,11 @@ class _Walk:
         return tuple(sizes)
 
 
+_LARGEST = "takes the largest of a new unit's own values, which depends on its weights"
 _WHY = "does not pass each unit on at its place and in proportion"
 _LAST = {aten.view, aten._unsafe_view, aten.add, aten.add_}
 _SUMS = {aten.add, aten.add_}
+_PRODUCTS = {aten.mul, aten.mul_}
 _MOVES = {
     getattr(aten, name)
     for name in (
@@ -326,5 +393,12 @@ _POOLS = {
         "avg_pool1d avg_pool2d avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d "
         "adaptive_avg_pool1d mean upsample_nearest1d upsample_nearest2d upsample_nearest3d "
         "upsample_linear1d upsample_bilinear2d upsample_trilinear3d"
+    ).split()
+}
+_MAXIMA = {
+    getattr(aten, name)
+    for name in (
+        "max_pool1d max_pool2d max_pool3d max_pool2d_with_indices max_pool3d_with_indices "
+        "adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d amax max"
     ).split()
 }
