@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import itertools
 import re
 import weakref
 from collections.abc import Callable
@@ -31,6 +32,9 @@ from test_widen import Words
 from torch import Tensor, nn
 
 import graphgrow as gg
+from graphgrow.measure.distances import through_units
+from graphgrow.measure.image import Image
+from graphgrow.measure.spectrum import cheaper, lags
 from graphgrow.moments import moments, obstacle
 from graphgrow.passes.prove import old_entries
 from graphgrow.passes.units import Resized, inserted
@@ -444,7 +448,6 @@ def unfolded(x: Tensor, window: dict[str, Any], groups: int, bias: bool) -> Tens
 @given(drawn=two_layers(), seed=st.integers(0, 9))
 def test_moments_are_those_of_unfolded_inputs(spectra: bool, drawn: Any, seed: int) -> None:
     model, first, second, g1, g2 = drawn
-    whole = lambda x, y, along, wanted: spectra and bool(wanted)  # noqa: E731
     model = filled(model.double(), seed).eval()
     x = torch.randn(3, 2, 5, 6, generator=torch.Generator().manual_seed(seed), dtype=torch.double)
     y = torch.cos(3 * model(x)).detach()
@@ -457,7 +460,8 @@ def test_moments_are_those_of_unfolded_inputs(spectra: bool, drawn: Any, seed: i
     ]
     batches = [(x[:2], y[:2]), (x[2:], y[2:])]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("graphgrow.measure.correlate.cheaper", whole)
+        way = "graphgrow.measure.correlate.cheaper"
+        patch.setattr(way, lambda x, y, along, wanted: spectra and bool(wanted))
         measured = moments(graph, batches, loss, axes, overlap=True)
     for found in measured.values():
         before = model[0](x)
@@ -574,6 +578,64 @@ def test_all_axes_at_once_are_measured_as_each_alone() -> None:
             assert close(found.inputs, alone.inputs) and close(found.cross, alone.cross)
             for one, other in zip(found.consumers, alone.consumers, strict=True):
                 assert one.columns == other.columns and close(one.present, other.present)
+
+
+def test_only_what_is_named_is_measured() -> None:
+    model, graph = traced(CASES["residual stage"])
+    batches = data(model, CASES["residual stage"], (3,))
+    axis = graph.axis(CASES["residual stage"][1]).name
+    whole = moments(graph, batches, loss, [axis])[axis]
+    for name in ("inputs", "cross"):
+        alone = moments(graph, batches, loss, [axis], of=[name])[axis]
+        assert close(getattr(alone, name), getattr(whole, name))
+        other = "cross" if name == "inputs" else "inputs"
+        with pytest.raises(ValueError, match=f"cannot give '{other}' of .* ask for it with of="):
+            getattr(alone, other)
+        with pytest.raises(ValueError, match="cannot give 'gradient'"):
+            _ = alone.consumers[0].gradient
+    for one, other in zip(
+        moments(graph, batches, loss, [axis], of=["desired"])[axis].consumers,
+        whole.consumers,
+        strict=True,
+    ):
+        assert close(one.desired, other.desired)
+    with pytest.raises(ValueError, match=r"cannot measure .*'wishes'"):
+        moments(graph, batches, loss, [axis], of=["wishes"])
+
+
+def test_batches_of_images_of_different_sizes_are_added() -> None:
+    case = CASES["strides and borders"]
+    model, graph = traced(case)
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for sizes in ((6, 6), (7, 5), (9, 6)):
+        x = torch.randn(4, 2, *sizes, generator=generator, dtype=torch.double)
+        with torch.no_grad():
+            found.append((x, torch.cos(3 * model(x))))
+    whole = moments(graph, found, loss, ["0"])["0"]
+    parts = [moments(graph, [batch_], loss, ["0"])["0"] for batch_ in found]
+    assert close(whole.inputs, torch.stack([p.inputs for p in parts]).mean(0))
+    assert close(whole.cross, torch.stack([p.cross for p in parts]).mean(0))
+    present = torch.stack([p.consumers[0].present for p in parts]).mean(0)
+    assert close(whole.consumers[0].present, present)
+
+
+def test_spectra_are_taken_where_they_are_cheaper_and_give_the_same() -> None:
+    generator = torch.Generator().manual_seed(0)
+    images = (torch.randn(16, 64, 12, 12, generator=generator) for _ in range(2))
+    x, y = (Image(image.double()) for image in images)
+    along = [through_units((3, 1, 1, 1), (3, 1, 1, 1), (12, 12, 12))] * 2
+    whole = [
+        (i, j)
+        for i, j in itertools.product(range(len(along[0].stretches)), repeat=2)
+        if along[0].stretches[i].whole and along[1].stretches[j].whole
+    ]
+    assert cheaper(x, y, along, whole) and not cheaper(x, y, along, whole[:1])
+    for numbers, rows, found in lags(x, y, along, whole):
+        stretches = zip(along, numbers, strict=True)
+        places = [a.stretches[n].places(a.steps) for a, n in stretches]
+        read, wanted = zip(*places, strict=True)
+        assert close(found, (x.rows(read) @ y.rows(wanted).mT)[:, rows])
 
 
 def test_nothing_of_a_batch_is_kept_after_it() -> None:

@@ -66,8 +66,8 @@ class Read:
 class Route:
     """All ways of one axis in one mode, by producers and consumers in the order of the axis.
 
-    Producers of gates alone are left out. `parts` is the number of channels that one unit has, each with weights of its own: above 1
-    inside the groups of a convolution.
+    Producers of gates alone are left out. `parts` is the number of channels that one unit has, each
+    with weights of its own: above 1 inside the groups of a convolution.
     """
 
     axis: str
@@ -244,7 +244,7 @@ class _Walk:
             return gated or _Carried(self._joined(step, carried), first.flat)
         if kind is Kind.NORM or name is aten.native_dropout:
             return first
-        if kind is Kind.SEPARATE and name in _POOLS and not first.flat:
+        if kind in (Kind.SEPARATE, Kind.SUM) and name in _POOLS and not first.flat:
             return _Carried(self._pooled(step, before, first))
         if kind is Kind.MOVE and name in _MOVES and len(carried) == 1:
             return self._moved(step, before, after, first)
