@@ -245,8 +245,10 @@ def _summed(
     for found in routes.values():
         for read in (read for reads_ in found.reads.values() for read in reads_):
             wanted.setdefault(read.product, []).append(read)
-    feeds = {f.product for reads_ in wanted.values() for r in reads_ for f in r.feeds}
-    capture, sums = Capture(graph, mode, feeds | set(wanted)), planned(wanted, kinds)
+    feeds = {f for reads_ in wanted.values() for r in reads_ for f in r.feeds}
+    mixes = {mix for feed in feeds for mix in feed.mixes}
+    watched = {*wanted, *(feed.product for feed in feeds), *mixes}
+    capture, sums = Capture(graph, mode, watched), planned(wanted, kinds)
     for inputs, target in batches:
         given = inputs if isinstance(inputs, tuple) else (inputs,)
         batch = Batch(graph, sums, wanted, updates, len(given[0]))

@@ -203,6 +203,16 @@ CASES: dict[str, Case] = {
         "0",
         IMAGE,
     ),
+    "values of attention": (
+        lambda: row(nn.Linear(3, 6), Attention(6, 2, 3, written=True), nn.Linear(6, 2)),
+        "1.v[1]",
+        (5, 3),
+    ),
+    "values of causal attention": (
+        lambda: row(nn.Linear(3, 6), Attention(6, 2, 3, written=False), nn.Linear(6, 2)),
+        "1.v[1]",
+        (5, 3),
+    ),
     "word vectors": (Words, "table", (5,)),
     "called twice": (
         lambda: row(nn.Linear(3, 4), Twice(nn.Linear(4, 4)), nn.Linear(4, 2)),
@@ -260,6 +270,27 @@ class Times(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.a(x) * self.b(x)
+
+
+class Attention(nn.Module):
+    """Attention with layers of its own for queries, keys and values, written out or not."""
+
+    def __init__(self, features: int, heads: int, size: int, written: bool) -> None:
+        super().__init__()
+        self.q, self.k = nn.Linear(features, 4 * heads), nn.Linear(features, 4 * heads)
+        self.v, self.out = nn.Linear(features, size * heads), nn.Linear(size * heads, features)
+        self.heads, self.size, self.written = heads, size, written
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, t, _ = x.shape
+        q = self.q(x).reshape(n, t, self.heads, 4).transpose(1, 2)
+        k = self.k(x).reshape(n, t, self.heads, 4).transpose(1, 2)
+        v = self.v(x).reshape(n, t, self.heads, self.size).transpose(1, 2)
+        if self.written:
+            y = (q @ k.transpose(-2, -1) / 2).softmax(-1) @ v
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.out(y.transpose(1, 2).reshape(n, t, self.heads * self.size))
 
 
 class Along(nn.Module):

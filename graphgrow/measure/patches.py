@@ -159,16 +159,13 @@ def centred(x: Tensor, kernel: tuple[int, ...], window: Window) -> Tensor:
     )
 
 
-def pooled(x: Tensor, pools: tuple[Pool, ...]) -> Tensor:
+def pooled(x: Tensor, pool: Pool) -> Tensor:
     """Return patches after linear pooling, entries taken for units: `(g, e, n, *positions)`."""
-    if not pools:
-        return x
     shape, moved = x.shape[:2], x.flatten(0, 1)  # (g·e, n, *positions)
-    for pool in pools:
-        if moved.dim() != 2 + len(pool.positions):
-            moved = moved.reshape(*moved.shape[:2], *pool.positions)
-        units = moved.movedim(0, pool.before)
-        moved = pool.func(units, *pool.args, **pool.kwargs).movedim(pool.after, 0)
+    if moved.dim() != 2 + len(pool.positions):
+        moved = moved.reshape(*moved.shape[:2], *pool.positions)
+    units = moved.movedim(0, pool.before)
+    moved = pool.func(units, *pool.args, **pool.kwargs).movedim(pool.after, 0)
     return moved.reshape(*shape, *moved.shape[1:])
 
 

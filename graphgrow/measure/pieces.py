@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from graphgrow.ir.analyse import Step
 from graphgrow.ir.graph import Graph
+from graphgrow.ir.rules import Kind
 from graphgrow.measure.correlate import Correlation, read_sums, wanted_sums
 from graphgrow.measure.distances import Along, among_patches, lines, outputs, through_units
 from graphgrow.measure.image import Image
@@ -24,7 +26,7 @@ from graphgrow.measure.patches import (
     rows,
     summable,
 )
-from graphgrow.measure.routes import Feed, Product, Read
+from graphgrow.measure.routes import Feed, Mix, Product, Read
 from graphgrow.measure.sums import Sum, Sums
 
 
@@ -57,7 +59,13 @@ class Batch:
     examples: int
     done: set[tuple[Feed, Feed]] = field(default_factory=set)
 
-    def add(self, product: Product, read: Mapping[Product, Tensor], desired: Tensor) -> None:
+    def add(
+        self,
+        product: Product,
+        read: Mapping[Product, Tensor],
+        attended: Mapping[Mix, list[Tensor]],
+        desired: Tensor,
+    ) -> None:
         """Add what one use of a consumer has to say; `desired` is its desired update."""
         sums, ways = self.sums, {feed: r for r in self.wanted[product] for feed in r.feeds}
         feeds = [Feed(product), *ways]
@@ -67,8 +75,13 @@ class Batch:
         size = sum(self._size(use, read[use]) for use in uses)
         if any((feed, product) in sums.overlap for feed in ways):
             size *= math.prod(kernel_of(self.graph, product))
-        for examples, (v, *x) in chunks([desired, *(read[u] for u in uses)], self.examples, size):
-            piece = Piece(self.graph, examples, product, dict(zip(uses, x, strict=True)), v)
+        size *= max((mix.heads for feed in feeds for mix in feed.mixes), default=1)
+        mixes = list(dict.fromkeys(mix for feed in feeds for mix in feed.mixes))
+        whole = [desired, *(read[u] for u in uses), *(t for mix in mixes for t in attended[mix])]
+        for examples, (v, *parts) in chunks(whole, self.examples, size):
+            x, weights = dict(zip(uses, parts, strict=False)), iter(parts[len(uses) :])
+            mixing = {mix: [next(weights) for _ in attended[mix]] for mix in mixes}
+            piece = Piece(self.graph, examples, product, x, v, mixing)
             if self.updates is not None:
                 piece.take(self.updates[product.weight])
             if product in sums.gradient:
@@ -99,8 +112,10 @@ class Piece:
         product: Product,
         x: Mapping[Product, Tensor],
         desired: Tensor,
+        attended: Mapping[Mix, list[Tensor]],
     ) -> None:
         self.graph, self.examples, self.product, self.x = graph, examples, product, x
+        self.attended = attended
         self.wanted = self._image(product, desired)
         self.images: dict[Product, Image] = {}
 
@@ -122,11 +137,28 @@ class Piece:
         x = self.x[use]
         if use.window is not None:
             found = patches(summable(x), use.window, kernel_of(self.graph, use), bias)
-            return pooled(found, feed.pools)
-        if use.embeds:
-            weight = self.graph.state[use.weight]
-            x = torch.nn.functional.one_hot(x.flatten(), len(weight)).to(weight.dtype)
-        return pooled(rows(summable(x), self.examples, bias), feed.pools)
+        else:
+            if use.embeds:
+                weight = self.graph.state[use.weight]
+                x = torch.nn.functional.one_hot(x.flatten(), len(weight)).to(weight.dtype)
+            found = rows(summable(x), self.examples, bias)
+        for pool in feed.pools:
+            found = self._mixed(found, pool) if isinstance(pool, Mix) else pooled(found, pool)
+        return found
+
+    def _mixed(self, x: Tensor, mix: Mix) -> Tensor:
+        """Return patches `(1, e, n, positions)` after attention: `(heads, e, n, positions)`."""
+        weights = [summable(t) for t in self.attended[mix]]
+        attends = mix.step.row.kind is Kind.ATTEND
+        count = len(weights[0]) if attends else len(weights[0]) // mix.heads
+        values = x[0].flatten(1).T.reshape(count, 1, -1, x.shape[1])
+        values = values.expand(-1, mix.heads, -1, -1)
+        if attends:
+            mask = weights[2] if len(weights) > 2 else None
+            found = attend(mix.step, weights[0], weights[1], mask, values)
+        else:
+            found = torch.bmm(weights[0], values.flatten(0, 1)).unflatten(0, (count, -1))
+        return found.permute(1, 3, 0, 2).reshape(mix.heads, x.shape[1], self.examples, -1)
 
     def present(self) -> Image:
         """Return what the consumer reads at each position, in the place of what it desires."""
@@ -255,3 +287,20 @@ def _plain(feed: Feed) -> bool:
 def _spatial(feed: Feed) -> bool:
     """Return whether a convolution reads, and positions are not pooled after it."""
     return feed.product.window is not None and not feed.pools
+
+
+def attend(
+    step: Step, queries: Tensor, keys: Tensor, mask: Tensor | None, values: Tensor
+) -> Tensor:
+    """Return scaled dot product attention as a step has it, of other values."""
+    names = [a.name for a in step.func._schema.arguments]
+    given = {**dict(zip(names, step.args, strict=False)), **step.kwargs}
+    return torch.nn.functional.scaled_dot_product_attention(
+        queries,
+        keys,
+        values,
+        mask,
+        is_causal=bool(given.get("is_causal", False)),
+        scale=given.get("scale"),
+        enable_gqa=keys.shape[1] != queries.shape[1],
+    )

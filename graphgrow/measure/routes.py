@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from graphgrow.errors import NotApplicable
@@ -42,12 +43,30 @@ class Product:
         return self.step.row.kind is Kind.GATHER
 
 
+@dataclass(frozen=True, eq=False)
+class Mix:
+    """One use of attention: its values are summed over positions, all features of a head alike.
+
+    `slot` is that of the values among the step's inputs; `heads` are the parts of a unit, each
+    with weights of attention of its own.
+    """
+
+    step: Step
+    slot: int
+    heads: int
+
+
 @dataclass(frozen=True)
 class Feed:
-    """One way from a producer to a consumer: the producer's use and the linear pooling between."""
+    """One way from a producer to a consumer: the producer's use and what sums positions between."""
 
     product: Product
-    pools: tuple[Pool, ...] = ()
+    pools: tuple[Pool | Mix, ...] = ()
+
+    @property
+    def mixes(self) -> tuple[Mix, ...]:
+        """The uses of attention on the way."""
+        return tuple(pool for pool in self.pools if isinstance(pool, Mix))
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,12 +146,15 @@ class _Carried:
     """What one value carries of an axis: which feeds, and how many positions in the units' dim.
 
     `rest` is what a new unit with zero incoming weights and neutral norms holds there, None where
-    that is not known.
+    that is not known. Between layers and attention, heads move to a dim of their own and back:
+    `codes` then are the places of all entries in the value that they come from, `origin`.
     """
 
     feeds: frozenset[Feed]
     flat: int = 0
     rest: float | None = 0.0
+    codes: Tensor | None = None
+    origin: int = -1
 
 
 @dataclass(eq=False)
@@ -206,6 +228,8 @@ class _Walk:
         if product is None or len(incoming) != 1:
             raise self._refusal(f"{step.where} reads it with something else than a plain weight")
         carried = self.carried[step.inputs[incoming[0]]]
+        if carried.codes is not None:
+            carried = self._returned(step, step.inputs[incoming[0]], carried)
         if carried.flat and product.window is not None:
             raise self._refusal(f"{step.where} convolves positions that were flattened")
         self._grouped(product, step.inputs[incoming[0]])
@@ -239,6 +263,12 @@ class _Walk:
 
     def _passed(self, step: Step, before: int, after: int, carried: list[_Carried]) -> _Carried:
         kind, name, first = step.row.kind, step.func.overloadpacket, carried[0]
+        if name is aten.bmm or kind is Kind.ATTEND:
+            if len(carried) > 1:
+                raise self._refusal(f"{step.where} weighs positions with it")
+            return self._mixed(step, before, first)
+        if first.codes is not None and kind is not Kind.MOVE:
+            raise self._refusal(f"{step.where} comes where its positions are at other places")
         if kind is Kind.POINTWISE:
             gated = self._gated(step)
             return gated or _Carried(self._joined(step, carried), first.flat)
@@ -333,6 +363,8 @@ class _Walk:
 
     def _moved(self, step: Step, number: int, out: int, carried: _Carried) -> _Carried:
         """Return what a move keeps: positions in their order, or flattened into the units' dim."""
+        if carried.codes is not None:
+            return self._coded(step, number, out, carried)
         before, after = self._lattice(number), self._lattice(out)
         parts, places = self._parts(number), self._parts(out)
         if parts == places and math.prod(before) == math.prod(after):
@@ -343,7 +375,76 @@ class _Walk:
             first = next(t for t in layout.terms if self.axis.name in t)[0]
             if first == self.axis.name and not carried.flat:
                 return _Carried(carried.feeds, places)
-        raise self._refusal(f"{step.where} moves its positions to other places")
+        if carried.flat or len(step.outputs) > 1:
+            raise self._refusal(f"{step.where} moves its positions to other places")
+        return self._coded(step, number, out, self._placed(number, carried.feeds))
+
+    # ------------------------------------------------------------ attention
+
+    def _placed(self, number: int, feeds: frozenset[Feed]) -> _Carried:
+        """Return what a value carries, with codes of where its entries are."""
+        shape = self._shape(number)
+        codes = torch.arange(math.prod(shape)).reshape(shape)
+        return _Carried(feeds, codes=codes, origin=number)
+
+    def _coded(self, step: Step, number: int, out: int, carried: _Carried) -> _Carried:
+        """Return where a move takes every entry of the value that is carried."""
+        args = [carried.codes if isinstance(a, Slot) else a for a in step.args]
+        found = step.func(*args, **step.kwargs)
+        found = found if isinstance(found, Tensor) else found[step.outputs.index(out)]
+        return replace(carried, codes=found)
+
+    def _mixed(self, step: Step, number: int, carried: _Carried) -> _Carried:
+        """Return what attention passes on of its values, heads being the parts of each unit."""
+        if carried.codes is None:
+            carried = self._placed(number, carried.feeds)
+        slot, codes = step.inputs.index(number), carried.codes
+        if slot != (2 if step.row.kind is Kind.ATTEND else 1) or carried.flat or codes is None:
+            raise self._refusal(f"{step.where} weighs positions with it")
+        units, columns = self._units(number), self._columns(carried.origin)
+        heads, (places, size) = columns.shape[1], codes.shape[-2:]
+        found = codes.reshape(-1, heads, places, size)
+        rows = torch.arange(len(found) * places).reshape(-1, 1, places, 1)
+        mine = columns[units].T[:, None]  # (heads, 1, size)
+        if not torch.equal(found, rows * self._shape(carried.origin)[-1] + mine):
+            raise self._refusal(f"{step.where} attends to it in another order")
+        mix = Mix(step, slot, heads)
+        feeds = frozenset(Feed(f.product, (*f.pools, mix)) for f in carried.feeds)
+        return self._placed(step.outputs[0], feeds)
+
+    def _returned(self, step: Step, number: int, carried: _Carried) -> _Carried:
+        """Return what a layer reads of attention's output, if it comes back in its order."""
+        codes, mixes = carried.codes, {f.mixes[-1:] for f in carried.feeds}
+        if codes is None or len(mixes) != 1 or mixes == {()}:
+            raise self._refusal(f"{step.where} reads positions that were moved to other places")
+        ((mix,),) = mixes
+        columns, units = self._columns(number), self._units(carried.origin)
+        places, size = self._shape(carried.origin)[-2:]
+        rows = torch.arange(codes.numel() // codes.shape[-1]).reshape(-1, 1, 1)
+        heads = rows // places * mix.heads + torch.arange(mix.heads)
+        expected = (heads * places + rows % places) * size + torch.arange(size)[:, None]
+        if columns.shape[1] == mix.heads:
+            here = codes.reshape(len(rows), -1)[:, columns[units]]  # (rows, size, heads)
+            if torch.equal(here, expected):
+                return _Carried(carried.feeds)
+        raise self._refusal(f"{step.where} reads what attention gives in another order")
+
+    def _units(self, number: int) -> Tensor:
+        """Return which unit each position of the last dim belongs to."""
+        layout = self.analysis.values[number][-1]
+        units = torch.as_tensor(layout.units(self.analysis.widths(), self.axis.name))
+        if self._dim(number) != len(self.analysis.values[number]) - 1 or (units < 0).any():
+            raise self._refusal("attention goes over it")
+        return units
+
+    def _columns(self, number: int) -> Tensor:
+        """Return the positions of each unit's parts in a value's last dim, `(units, parts)`."""
+        units = self._units(number)
+        return torch.argsort(units, stable=True).reshape(self.axis.width, -1)
+
+    def _shape(self, number: int) -> list[int]:
+        widths = self.analysis.widths()
+        return [layout.size(widths) for layout in self.analysis.values[number]]
 
     def _in_order(self, step: Step, number: int) -> bool:
         """Return whether a move keeps the order of all dims but the units'."""
