@@ -326,8 +326,8 @@ def _consumer(graph: Graph, path: str, uses: list[Product], sums: Sums) -> Consu
         "gradient": (out, out, [sums.gradient[u] for u in uses if u in sums.gradient]),
     }
     means = {
-        name: Mean((groups, *sizes), tuple((s, _ALL, False) for s in found), sums.examples, device)
-        for name, (*sizes, found) in known.items()
+        name: Mean((groups, e, f), tuple((s, _ALL, False) for s in found), sums.examples, device)
+        for name, (e, f, found) in known.items()
         if found
     }
     return Consumer(path, use.bias, slice(0), 1, means)

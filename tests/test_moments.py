@@ -208,7 +208,7 @@ CASES: dict[str, Case] = {
         "1.v[1]",
         (5, 3),
     ),
-    "values of causal attention": (
+    "values of masked attention": (
         lambda: row(nn.Linear(3, 6), Attention(6, 2, 3, written=False), nn.Linear(6, 2)),
         "1.v[1]",
         (5, 3),
@@ -231,6 +231,11 @@ CASES: dict[str, Case] = {
     ),
 }
 REFUSED: dict[str, Case] = {
+    "weighs positions with it": (
+        lambda: row(nn.Linear(3, 6), Attention(6, 2, 3, written=True), nn.Linear(6, 2)),
+        "1.q[0]",
+        (5, 3),
+    ),
     "multiplies it with itself": (
         lambda: row(Times(nn.Linear(3, 4), nn.Linear(3, 4)), nn.Linear(4, 2)),
         "0.a",
@@ -289,7 +294,8 @@ class Attention(nn.Module):
         if self.written:
             y = (q @ k.transpose(-2, -1) / 2).softmax(-1) @ v
         else:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            mask = torch.ones(t, t, dtype=torch.bool).tril()
+            y = F.scaled_dot_product_attention(q, k, v, mask, scale=0.3)
         return self.out(y.transpose(1, 2).reshape(n, t, self.heads * self.size))
 
 
@@ -555,6 +561,17 @@ def test_large_batches_are_cut_into_pieces(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("graphgrow.measure.patches.ENTRIES", 100)
     cut = moments(graph, [(x, None)], _mean, ["0"])["0"]
     assert close(cut.inputs, whole.inputs) and close(cut.cross, whole.cross)
+
+
+def test_attention_in_pieces_is_that_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    for case in (CASES["values of attention"], CASES["values of masked attention"]):
+        _, graph = traced(case)
+        x = batch(case, 8)
+        whole = moments(graph, [(x, None)], _mean, [case[1]])[case[1]]
+        with monkeypatch.context() as patch:
+            patch.setattr("graphgrow.measure.patches.ENTRIES", 100)
+            cut = moments(graph, [(x, None)], _mean, [case[1]])[case[1]]
+        assert close(cut.inputs, whole.inputs) and close(cut.cross, whole.cross)
 
 
 def test_float32_sums_lose_nothing_from_batch_to_batch() -> None:

@@ -162,6 +162,9 @@ class _Watch(TorchDispatchMode):
         tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
         if isinstance(product, Mix):
             del tensors[product.slot]
+            if product.step.row.kind is Kind.ATTEND:  # a mask may be the same for all examples
+                count = len(tensors[0])
+                tensors = [t[(None,) * (4 - t.dim())].expand(count, -1, -1, -1) for t in tensors]
             self.attended[product] = [t.detach() for t in tensors]
         elif product is not None:
             others = [s for s, _ in product.step.contracted if s != product.slot]

@@ -26,7 +26,7 @@ from graphgrow.measure.patches import (
     rows,
     summable,
 )
-from graphgrow.measure.routes import Feed, Mix, Product, Read
+from graphgrow.measure.routes import Feed, Mix, Product, Read, argument
 from graphgrow.measure.sums import Sum, Sums
 
 
@@ -293,14 +293,12 @@ def attend(
     step: Step, queries: Tensor, keys: Tensor, mask: Tensor | None, values: Tensor
 ) -> Tensor:
     """Return scaled dot product attention as a step has it, of other values."""
-    names = [a.name for a in step.func._schema.arguments]
-    given = {**dict(zip(names, step.args, strict=False)), **step.kwargs}
     return torch.nn.functional.scaled_dot_product_attention(
         queries,
         keys,
         values,
         mask,
-        is_causal=bool(given.get("is_causal", False)),
-        scale=given.get("scale"),
+        is_causal=argument(step, "is_causal", False),
+        scale=argument(step, "scale", None),
         enable_gqa=keys.shape[1] != queries.shape[1],
     )

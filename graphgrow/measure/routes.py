@@ -363,8 +363,10 @@ class _Walk:
 
     def _moved(self, step: Step, number: int, out: int, carried: _Carried) -> _Carried:
         """Return what a move keeps: positions in their order, or flattened into the units' dim."""
+        if carried.codes is not None and len(step.inputs) == 1:
+            return self._coded(step, out, carried)
         if carried.codes is not None:
-            return self._coded(step, number, out, carried)
+            raise self._refusal(f"{step.where} joins it where its positions are at other places")
         before, after = self._lattice(number), self._lattice(out)
         parts, places = self._parts(number), self._parts(out)
         if parts == places and math.prod(before) == math.prod(after):
@@ -375,9 +377,9 @@ class _Walk:
             first = next(t for t in layout.terms if self.axis.name in t)[0]
             if first == self.axis.name and not carried.flat:
                 return _Carried(carried.feeds, places)
-        if carried.flat or len(step.outputs) > 1:
+        if carried.flat or len(step.outputs) > 1 or len(step.inputs) > 1:
             raise self._refusal(f"{step.where} moves its positions to other places")
-        return self._coded(step, number, out, self._placed(number, carried.feeds))
+        return self._coded(step, out, self._placed(number, carried.feeds))
 
     # ------------------------------------------------------------ attention
 
@@ -387,7 +389,7 @@ class _Walk:
         codes = torch.arange(math.prod(shape)).reshape(shape)
         return _Carried(feeds, codes=codes, origin=number)
 
-    def _coded(self, step: Step, number: int, out: int, carried: _Carried) -> _Carried:
+    def _coded(self, step: Step, out: int, carried: _Carried) -> _Carried:
         """Return where a move takes every entry of the value that is carried."""
         args = [carried.codes if isinstance(a, Slot) else a for a in step.args]
         found = step.func(*args, **step.kwargs)
@@ -399,8 +401,11 @@ class _Walk:
         if carried.codes is None:
             carried = self._placed(number, carried.feeds)
         slot, codes = step.inputs.index(number), carried.codes
-        if slot != (2 if step.row.kind is Kind.ATTEND else 1) or carried.flat or codes is None:
+        attends = step.row.kind is Kind.ATTEND
+        if slot != (2 if attends else 1) or carried.flat or codes is None:
             raise self._refusal(f"{step.where} weighs positions with it")
+        if attends and (codes.dim() != 4 or argument(step, "dropout_p", 0.0)):
+            raise self._refusal(f"{step.where} attends without heads, or with dropout")
         units, columns = self._units(number), self._columns(carried.origin)
         heads, (places, size) = columns.shape[1], codes.shape[-2:]
         found = codes.reshape(-1, heads, places, size)
@@ -433,8 +438,8 @@ class _Walk:
         """Return which unit each position of the last dim belongs to."""
         layout = self.analysis.values[number][-1]
         units = torch.as_tensor(layout.units(self.analysis.widths(), self.axis.name))
-        if self._dim(number) != len(self.analysis.values[number]) - 1 or (units < 0).any():
-            raise self._refusal("attention goes over it")
+        if (units < 0).any():
+            raise self._refusal("it is not alone in the last dim of what attention sums or gives")
         return units
 
     def _columns(self, number: int) -> Tensor:
@@ -476,6 +481,12 @@ class _Walk:
         return tuple(sizes)
 
 
+def argument(step: Step, name: str, default: Any) -> Any:
+    """Return an argument of a step's operator by its name."""
+    names = [a.name for a in step.func._schema.arguments]
+    return {**dict(zip(names, step.args, strict=False)), **step.kwargs}.get(name, default)
+
+
 _LARGEST = "takes the largest of a new unit's own values, which depends on its weights"
 _WHY = "does not pass each unit on at its place and in proportion"
 _LAST = {aten.view, aten._unsafe_view, aten.add, aten.add_}
@@ -485,7 +496,8 @@ _MOVES = {
     getattr(aten, name)
     for name in (
         "view _unsafe_view reshape _reshape_alias transpose t permute unsqueeze squeeze expand cat "
-        "split split_with_sizes chunk slice _to_copy clone detach alias contiguous lift_fresh"
+        "split split_with_sizes chunk unbind select slice _to_copy clone detach alias contiguous "
+        "lift_fresh"
     ).split()
 }
 _POOLS = {

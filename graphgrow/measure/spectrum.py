@@ -92,8 +92,8 @@ def _by_phase(
 
 
 def _lengths(x: Image, y: Image, along: Sequence[Along], wanted: Sequence[Offset]) -> Offset:
-    spaces = zip(along, x.space, y.space, strict=True)
-    return tuple(_length(a, *size, {n[d] for n in wanted}) for d, (a, *size) in enumerate(spaces))
+    spaces = enumerate(zip(along, x.space, y.space, strict=True))
+    return tuple(_length(a, m, n, {numbers[d] for numbers in wanted}) for d, (a, m, n) in spaces)
 
 
 def _length(along: Along, x: int, y: int, wanted: set[int]) -> int:
