@@ -114,6 +114,14 @@ class Moments:
     producers read, where a consumer reads it, with its desired update −∂L/∂output (N), which is
     `projected` on what the consumer's own weights cannot do where that was asked for. Matrices are
     put together each time they are asked for: keep one that is used more than once.
+
+    A new unit with incoming weights α and outgoing ones ω that are small changes the loss by
+    −Σ αᵀ N ω to first order in αω, times the slopes of activations and norms at what it holds
+    (Verbockhaven et al. 2024 have consumers that read the activation of producers). On the way a
+    filter of its own is one at its centre and zero elsewhere, a gate has zero incoming weights and
+    is a constant that counts as a slope, and attention has the weights of its head, which new
+    features of values do not change; their parts are the heads. Behind max pooling, or where two
+    factors start at zero, no such N exists, and `obstacle` says so.
     """
 
     axis: str

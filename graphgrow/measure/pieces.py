@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -69,19 +69,9 @@ class Batch:
         """Add what one use of a consumer has to say; `desired` is its desired update."""
         sums, ways = self.sums, {feed: r for r in self.wanted[product] for feed in r.feeds}
         feeds = [Feed(product), *ways]
-        uses = list(dict.fromkeys(f.product for f in feeds))
         pairs = [(a, b) for a in feeds for b in feeds if (a, b) in sums.covariance]
         pairs = [pair for pair in dict.fromkeys(pairs) if pair not in self.done]
-        size = sum(self._size(use, read[use]) for use in uses)
-        if any((feed, product) in sums.overlap for feed in ways):
-            size *= math.prod(kernel_of(self.graph, product))
-        size *= max((mix.heads for feed in feeds for mix in feed.mixes), default=1)
-        mixes = list(dict.fromkeys(mix for feed in feeds for mix in feed.mixes))
-        whole = [desired, *(read[u] for u in uses), *(t for mix in mixes for t in attended[mix])]
-        for examples, (v, *parts) in chunks(whole, self.examples, size):
-            x, weights = dict(zip(uses, parts, strict=False)), iter(parts[len(uses) :])
-            mixing = {mix: [next(weights) for _ in attended[mix]] for mix in mixes}
-            piece = Piece(self.graph, examples, product, x, v, mixing)
+        for piece in self._pieces(product, feeds, read, attended, desired):
             if self.updates is not None:
                 piece.take(self.updates[product.weight])
             if product in sums.gradient:
@@ -97,9 +87,32 @@ class Batch:
                     piece.add_cross(feed, r, piece.present(), sums.overlap[feed, product])
         self.done.update(pairs)
 
-    def _size(self, use: Product, x: Tensor) -> int:
+    def _pieces(
+        self,
+        product: Product,
+        feeds: list[Feed],
+        read: Mapping[Product, Tensor],
+        attended: Mapping[Mix, list[Tensor]],
+        desired: Tensor,
+    ) -> Iterator[Piece]:
+        """Yield the batch a few examples at a time, so that what is made of them stays small."""
+        uses = list(dict.fromkeys(feed.product for feed in feeds))
+        mixes = list(dict.fromkeys(mix for feed in feeds for mix in feed.mixes))
+        size = sum(self._size(feed, read[feed.product]) for feed in feeds)
+        if any((feed, product) in self.sums.overlap for feed in feeds):
+            size *= math.prod(kernel_of(self.graph, product))
+        whole = [desired, *(read[u] for u in uses), *(t for mix in mixes for t in attended[mix])]
+        for examples, (v, *parts) in chunks(whole, self.examples, size):
+            x, weights = dict(zip(uses, parts, strict=False)), iter(parts[len(uses) :])
+            mixing = {mix: [next(weights) for _ in attended[mix]] for mix in mixes}
+            yield Piece(self.graph, examples, product, x, v, mixing)
+
+    def _size(self, feed: Feed, x: Tensor) -> int:
         """Return about how many numbers are made of what a whole batch reads."""
-        return x.numel() * (len(self.graph.state[use.weight]) if use.embeds else 1)
+        use = feed.product
+        rows = len(self.graph.state[use.weight]) if use.embeds else 1
+        unfolded = math.prod(kernel_of(self.graph, use)) if feed.pools else 1
+        return x.numel() * rows * unfolded * math.prod(mix.heads for mix in feed.mixes)
 
 
 class Piece:
