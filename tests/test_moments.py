@@ -204,12 +204,17 @@ CASES: dict[str, Case] = {
         IMAGE,
     ),
     "values of attention": (
-        lambda: row(nn.Linear(3, 6), Attention(6, 2, 3, written=True), nn.Linear(6, 2)),
+        lambda: row(nn.Linear(3, 6), Attention(6, 2, 3, "written"), nn.Linear(6, 2)),
         "1.v[1]",
         (5, 3),
     ),
     "values of masked attention": (
-        lambda: row(nn.Linear(3, 6), Attention(6, 2, 3, written=False), nn.Linear(6, 2)),
+        lambda: row(nn.Linear(3, 6), Attention(6, 2, 3, "masked"), nn.Linear(6, 2)),
+        "1.v[1]",
+        (5, 3),
+    ),
+    "values of causal attention": (
+        lambda: row(nn.Linear(3, 6), Attention(6, 2, 3, "causal"), nn.Linear(6, 2)),
         "1.v[1]",
         (5, 3),
     ),
@@ -232,7 +237,7 @@ CASES: dict[str, Case] = {
 }
 REFUSED: dict[str, Case] = {
     "weighs positions with it": (
-        lambda: row(nn.Linear(3, 6), Attention(6, 2, 3, written=True), nn.Linear(6, 2)),
+        lambda: row(nn.Linear(3, 6), Attention(6, 2, 3, "written"), nn.Linear(6, 2)),
         "1.q[0]",
         (5, 3),
     ),
@@ -278,21 +283,24 @@ class Times(nn.Module):
 
 
 class Attention(nn.Module):
-    """Attention with layers of its own for queries, keys and values, written out or not."""
+    """Attention with layers of its own for queries, keys and values, written out or fused."""
 
-    def __init__(self, features: int, heads: int, size: int, written: bool) -> None:
+    def __init__(self, features: int, heads: int, size: int, way: str) -> None:
         super().__init__()
-        self.q, self.k = nn.Linear(features, 4 * heads), nn.Linear(features, 4 * heads)
+        inner = size if way == "causal" else 4  # kernels want values of the queries' size
+        self.q, self.k = nn.Linear(features, inner * heads), nn.Linear(features, inner * heads)
         self.v, self.out = nn.Linear(features, size * heads), nn.Linear(size * heads, features)
-        self.heads, self.size, self.written = heads, size, written
+        self.heads, self.size, self.way = heads, size, way
 
     def forward(self, x: Tensor) -> Tensor:
         n, t, _ = x.shape
-        q = self.q(x).reshape(n, t, self.heads, 4).transpose(1, 2)
-        k = self.k(x).reshape(n, t, self.heads, 4).transpose(1, 2)
+        q = self.q(x).reshape(n, t, self.heads, -1).transpose(1, 2)
+        k = self.k(x).reshape(n, t, self.heads, -1).transpose(1, 2)
         v = self.v(x).reshape(n, t, self.heads, self.size).transpose(1, 2)
-        if self.written:
+        if self.way == "written":
             y = (q @ k.transpose(-2, -1) / 2).softmax(-1) @ v
+        elif self.way == "causal":
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         else:
             mask = torch.ones(t, t, dtype=torch.bool).tril()
             y = F.scaled_dot_product_attention(q, k, v, mask, scale=0.3)

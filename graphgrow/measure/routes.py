@@ -392,7 +392,8 @@ class _Walk:
     def _coded(self, step: Step, out: int, carried: _Carried) -> _Carried:
         """Return where a move takes every entry of the value that is carried."""
         args = [carried.codes if isinstance(a, Slot) else a for a in step.args]
-        found = step.func(*args, **step.kwargs)
+        views = step.func.overloadpacket in _VIEWS  # of the strides that the real value has
+        found = args[0].reshape(args[1]) if views else step.func(*args, **step.kwargs)
         found = found if isinstance(found, Tensor) else found[step.outputs.index(out)]
         return replace(carried, codes=found)
 
@@ -491,6 +492,7 @@ _LARGEST = "takes the largest of a new unit's own values, which depends on its w
 _WHY = "does not pass each unit on at its place and in proportion"
 _LAST = {aten.view, aten._unsafe_view, aten.add, aten.add_}
 _SUMS = {aten.add, aten.add_}
+_VIEWS = {aten.view, aten._unsafe_view, aten._reshape_alias}
 _PRODUCTS = {aten.mul, aten.mul_}
 _MOVES = {
     getattr(aten, name)
