@@ -571,6 +571,20 @@ def test_large_batches_are_cut_into_pieces(monkeypatch: pytest.MonkeyPatch) -> N
     assert close(cut.inputs, whole.inputs) and close(cut.cross, whole.cross)
 
 
+def test_products_in_blocks_are_those_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    for case in (CASES["tokens"], CASES["residual stage"]):
+        model, graph = traced(case)
+        axis, batches = graph.axis(case[1]).name, data(model, case, (4,))
+        whole = moments(graph, batches, loss, [axis])[axis]
+        with monkeypatch.context() as patch:
+            patch.setattr("graphgrow.measure.sums.BLOCK", 2)
+            patch.setattr("graphgrow.measure.correlate.BLOCK", 1)
+            cut = moments(graph, batches, loss, [axis])[axis]
+            assert close(cut.inputs, whole.inputs) and close(cut.cross, whole.cross)
+            for one, other in zip(cut.consumers, whole.consumers, strict=True):
+                assert close(one.present, other.present) and close(one.gradient, other.gradient)
+
+
 def test_attention_in_pieces_is_that_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     for case in (CASES["values of attention"], CASES["values of masked attention"]):
         _, graph = traced(case)
