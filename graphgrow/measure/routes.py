@@ -391,7 +391,7 @@ class _Walk:
 
     def _coded(self, step: Step, out: int, carried: _Carried) -> _Carried:
         """Return where a move takes every entry of the value that is carried."""
-        args = [carried.codes if isinstance(a, Slot) else a for a in step.args]
+        args: list[Any] = [carried.codes if isinstance(a, Slot) else a for a in step.args]
         views = step.func.overloadpacket in _VIEWS  # of the strides that the real value has
         found = args[0].reshape(args[1]) if views else step.func(*args, **step.kwargs)
         found = found if isinstance(found, Tensor) else found[step.outputs.index(out)]
