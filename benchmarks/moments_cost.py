@@ -5,9 +5,14 @@
 `mlp` is 784-256-256-10 on 10 batches of 256, `resnet18` that for CIFAR at full width (11.2 million
 parameters) on 4 batches of 64, its axes those inside the 8 blocks. Every row is a process of its
 own, all on the same random batches: CPU seconds of the one thread (the median over the rounds, in
-which rows take turns) and the peak of resident memory. "project" goes through the batches twice and
-also gives TINY's projected cross moment. With `--gromo`, the interpreter of an environment that has
-gromo 0.1.0 (it needs nothing of this package), its statistics for the same axes are a row, too.
+which rows take turns) and the peak of resident memory. "S and N" and "N" are what TINY without
+projection and GradMax need; "put together" also makes every matrix, one axis after another, as
+scores do; "project" goes through the batches twice and gives TINY's projected cross moment, too.
+With `--gromo`, the interpreter of an environment that has gromo 0.1.0 (it needs nothing of this
+package), its statistics for the same axes are a row, too. `python benchmarks/moments_cost.py
+--count` prints multiplications instead, over those of plain forward and backward: of these without
+weight gradients, and of each moment by its definition (half of a symmetric one), with products of
+equal distances once, and by products of spectra, transforms aside.
 """
 
 from __future__ import annotations
@@ -26,7 +31,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 ROUNDS = {"mlp": 5, "resnet18": 1}
-ROWS = ("plain", "moments", "project")
+ROWS: dict[str, dict[str, Any]] = {
+    "moments": {},
+    "S and N": {"of": ("inputs", "cross")},
+    "N": {"of": ("cross",)},
+    "project": {"project": True},
+    "put together": {},
+}
 
 
 class Block(nn.Module):
@@ -83,7 +94,7 @@ def plain(name: str, batches: list[Any]) -> Callable[[], None]:
     return run
 
 
-def ours(name: str, batches: list[Any], project: bool) -> Callable[[], None]:
+def ours(name: str, batches: list[Any], row: str) -> Callable[[], None]:
     """Return what measures every hidden axis of the MLP, or inside every block."""
     import graphgrow as gg
 
@@ -93,7 +104,13 @@ def ours(name: str, batches: list[Any], project: bool) -> Callable[[], None]:
     assert len(axes) == (2 if name == "mlp" else 8)
 
     def run() -> None:
-        gg.moments(graph, batches, F.cross_entropy, axes, project=project)
+        found = gg.moments(graph, batches, F.cross_entropy, axes, **ROWS[row])
+        for measured in found.values() if row == "put together" else ():
+            for make in (lambda m: m.inputs, lambda m: m.cross):
+                make(measured)
+            for consumer in measured.consumers:
+                for make in (lambda c: c.present, lambda c: c.desired, lambda c: c.gradient):
+                    make(consumer)
 
     return run
 
@@ -130,6 +147,78 @@ def gromo(name: str, batches: list[Any]) -> Callable[[], None]:
     return run
 
 
+# ------------------------------------------------------------------------------ arithmetic
+
+Counts = dict[str, tuple[float, float, float]]
+"""Multiplications for one example: by definition, by distances, by spectra."""
+
+
+def linear_counts() -> tuple[int, int, Counts]:
+    """Return those of plain forward and backward, without weight gradients, and of moments."""
+    forward, first = 784 * 256 + 256 * 256 + 256 * 10, 784 * 256
+    found = {
+        "inputs": 784**2 / 2 + 256**2 / 2,
+        "cross": 784 * 256 + 256 * 10,
+        "present": 256**2 / 2,  # of the last layer; that of the one before is its inputs'
+        "desired": 256 * 256 + 256 * 10,
+        "gradient": 256**2 / 2 + 10**2 / 2,
+    }
+    return 3 * forward - first, 2 * forward - first, {k: (v, v, v) for k, v in found.items()}
+
+
+def convolution_counts() -> tuple[int, int, Counts]:
+    """Return the same of the ResNet-18."""
+    first = 27 * 64 * 32**2
+    forward, total = first + 512 * 10, {name: [0.0, 0.0, 0.0] for name in NAMES}
+    before = 64
+    for after, size, steps in (
+        (64, 32, (1, 1)),
+        (128, 16, (2, 1)),
+        (256, 8, (2, 1)),
+        (512, 4, (2, 1)),
+    ):
+        for step in steps:
+            n, ab, aa, bb = size**2, before * after, after**2, before**2
+            forward += 9 * n * (ab + aa) + (n * ab if before != after else 0)
+            lags, near = (_places(size, reach) ** 2 for reach in (2, 1))
+            spectra = 4 * (size + 2) * ((size + 2) // 2 + 1)
+            half, wide = (lags + n) / 2, 49 * n if step == 2 else lags
+            inputs = (34 * n * bb,) * 2 if step == 2 else (half * bb, spectra * bb)
+            for name, counts in {
+                "inputs": (81 / 2 * n * bb, *inputs),
+                "cross": (81 * n * ab, wide * ab, step**2 * spectra * ab),
+                "present": (81 / 2 * n * aa, half * aa, spectra * aa),
+                "desired": (9 * n * aa, near * aa, spectra * aa),
+                "gradient": (n * aa / 2,) * 3,
+            }.items():
+                total[name] = [t + c for t, c in zip(total[name], counts, strict=True)]
+            before = after
+    counted = {name: (c[0], c[1], c[2]) for name, c in total.items()}
+    return 3 * forward - first, 2 * forward - first, counted
+
+
+NAMES = ("inputs", "cross", "present", "desired", "gradient")
+
+
+def _places(size: int, reach: int) -> int:
+    """Return how many places all distances up to one have along a dim."""
+    return sum(size - abs(lag) for lag in range(-reach, reach + 1))
+
+
+def count() -> None:
+    """Print the arithmetic."""
+    for name, (plain_, without, counts) in (
+        ("mlp", linear_counts()),
+        ("resnet18", convolution_counts()),
+    ):
+        print(f"{name:9} without weight gradients {without / plain_:5.2f} × plain")
+        for kind, way in enumerate(("by definition", "by distances", "by spectra")):
+            shares = {k: c[kind] / plain_ for k, c in counts.items()}
+            parts = " ".join(f"{k} {share:4.2f}" for k, share in shares.items())
+            total = without / plain_ + sum(shares.values())
+            print(f"{name:9} {way:14} {parts}  all {total:5.2f}")
+
+
 def measure(name: str, row: str) -> None:
     """Print CPU seconds and peak memory of one row as JSON."""
     torch.set_num_threads(1)
@@ -139,7 +228,7 @@ def measure(name: str, row: str) -> None:
     elif row == "gromo":
         run = gromo(name, batches)
     else:
-        run = ours(name, batches, row == "project")
+        run = ours(name, batches, row)
     if name == "mlp":
         run()  # warm caches
     start = time.process_time()
@@ -150,7 +239,7 @@ def measure(name: str, row: str) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    interpreters = dict.fromkeys(ROWS, sys.executable)
+    interpreters = dict.fromkeys(("plain", *ROWS), sys.executable)
     if "--gromo" in arguments:
         at = arguments.index("--gromo")
         interpreters["gromo"] = arguments[at + 1]
@@ -169,11 +258,13 @@ def main(arguments: list[str]) -> None:
             seconds = statistics.median(v["seconds"] for v in values)
             peak = statistics.median(v["MiB"] for v in values)
             ratios = f"{seconds / base['seconds']:5.2f} × plain {peak / base['MiB']:9.2f} × plain"
-            print(f"{name:9} {row:8} {seconds:8.3f} s {peak:7.0f} MiB {ratios}", flush=True)
+            print(f"{name:9} {row:12} {seconds:8.3f} s {peak:7.0f} MiB {ratios}", flush=True)
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--row"]:
         measure(*sys.argv[2:4])
+    elif sys.argv[1:2] == ["--count"]:
+        count()
     else:
         main(sys.argv[1:])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import itertools
 import re
 import weakref
 from collections.abc import Callable
@@ -31,6 +32,9 @@ from test_widen import Words
 from torch import Tensor, nn
 
 import graphgrow as gg
+from graphgrow.measure.distances import through_units
+from graphgrow.measure.image import Image
+from graphgrow.measure.spectrum import cheaper, lags
 from graphgrow.moments import moments, obstacle
 from graphgrow.passes.prove import old_entries
 from graphgrow.passes.units import Resized, inserted
@@ -172,6 +176,48 @@ CASES: dict[str, Case] = {
         "1.down",
         IMAGE,
     ),
+    "filters of their own": (
+        lambda: row(
+            nn.Conv2d(2, 4, 3, padding=1, bias=False),
+            norm(4),
+            nn.Tanh(),
+            nn.Conv2d(4, 4, 3, padding=1, groups=4),
+            nn.Tanh(),
+            nn.Conv2d(4, 2, 3),
+        ),
+        "0",
+        IMAGE,
+    ),
+    "filters with strides": (
+        lambda: row(
+            nn.Conv2d(2, 4, 2),
+            nn.Conv2d(4, 4, (3, 2), (2, 1), (2, 1), (1, 2), groups=4),
+            nn.Tanh(),
+            nn.Conv2d(4, 2, 2, padding=1),
+        ),
+        "0",
+        IMAGE,
+    ),
+    "channels with gates": (
+        lambda: row(nn.Conv2d(2, 4, 3), Squeeze(4, 3), nn.Conv2d(4, 2, 1)),
+        "0",
+        IMAGE,
+    ),
+    "values of attention": (
+        lambda: row(nn.Linear(3, 6), Attention(6, 2, 3, "written"), nn.Linear(6, 2)),
+        "1.v[1]",
+        (5, 3),
+    ),
+    "values of masked attention": (
+        lambda: row(nn.Linear(3, 6), Attention(6, 2, 3, "masked"), nn.Linear(6, 2)),
+        "1.v[1]",
+        (5, 3),
+    ),
+    "values of causal attention": (
+        lambda: row(nn.Linear(3, 6), Attention(6, 2, 3, "causal"), nn.Linear(6, 2)),
+        "1.v[1]",
+        (5, 3),
+    ),
     "word vectors": (Words, "table", (5,)),
     "called twice": (
         lambda: row(nn.Linear(3, 4), Twice(nn.Linear(4, 4)), nn.Linear(4, 2)),
@@ -190,6 +236,11 @@ CASES: dict[str, Case] = {
     ),
 }
 REFUSED: dict[str, Case] = {
+    "weighs positions with it": (
+        lambda: row(nn.Linear(3, 6), Attention(6, 2, 3, "written"), nn.Linear(6, 2)),
+        "1.q[0]",
+        (5, 3),
+    ),
     "multiplies it with itself": (
         lambda: row(Times(nn.Linear(3, 4), nn.Linear(3, 4)), nn.Linear(4, 2)),
         "0.a",
@@ -200,13 +251,13 @@ REFUSED: dict[str, Case] = {
         "0.layer",
         VECTOR,
     ),
-    "does not pass each unit on at its place": (
+    "takes the largest of a new unit's own values": (
         lambda: row(nn.Conv2d(2, 4, 3), nn.MaxPool2d(2), nn.Conv2d(4, 3, 1)),
         "0",
         IMAGE,
     ),
-    "('convolution') does not pass each unit on": (
-        lambda: row(nn.Conv2d(2, 4, 1), nn.Conv2d(4, 4, 3, groups=4), nn.Conv2d(4, 2, 1)),
+    "mixes the channels of each unit": (
+        lambda: row(nn.Conv2d(2, 4, 1), nn.Conv2d(4, 8, 3, groups=4), nn.Conv2d(8, 2, 1)),
         "0",
         IMAGE,
     ),
@@ -229,6 +280,31 @@ class Times(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.a(x) * self.b(x)
+
+
+class Attention(nn.Module):
+    """Attention with layers of its own for queries, keys and values, written out or fused."""
+
+    def __init__(self, features: int, heads: int, size: int, way: str) -> None:
+        super().__init__()
+        inner = size if way == "causal" else 4  # kernels want values of the queries' size
+        self.q, self.k = nn.Linear(features, inner * heads), nn.Linear(features, inner * heads)
+        self.v, self.out = nn.Linear(features, size * heads), nn.Linear(size * heads, features)
+        self.heads, self.size, self.way = heads, size, way
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, t, _ = x.shape
+        q = self.q(x).reshape(n, t, self.heads, -1).transpose(1, 2)
+        k = self.k(x).reshape(n, t, self.heads, -1).transpose(1, 2)
+        v = self.v(x).reshape(n, t, self.heads, self.size).transpose(1, 2)
+        if self.way == "written":
+            y = (q @ k.transpose(-2, -1) / 2).softmax(-1) @ v
+        elif self.way == "causal":
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        else:
+            mask = torch.ones(t, t, dtype=torch.bool).tril()
+            y = F.scaled_dot_product_attention(q, k, v, mask, scale=0.3)
+        return self.out(y.transpose(1, 2).reshape(n, t, self.heads * self.size))
 
 
 class Along(nn.Module):
@@ -270,7 +346,10 @@ def close(a: Tensor, b: Tensor) -> bool:
 
 @pytest.mark.parametrize("name", CASES)
 def test_cross_moments_are_how_the_loss_bends_with_a_small_unit(name: str) -> None:
-    """d²L/dα dω at zero is −N for a unit whose activation has slope one there."""
+    """d²L/dα dω at zero is −N for a unit whose activation has slope one there.
+
+    Its filter, where it has one of its own, passes on its centre; its gate has no weights.
+    """
     model, graph = traced(CASES[name])
     axis, batches = graph.axis(CASES[name][1]).name, data(model, CASES[name], (3, 2))
     found = moments(graph, batches, loss, [axis])[axis]
@@ -278,7 +357,11 @@ def test_cross_moments_are_how_the_loss_bends_with_a_small_unit(name: str) -> No
     total = torch.zeros_like(found.cross)
     for x, y in batches:
         total += len(x) / 5 * unit.bend(x, y)
-    slope = 0.5 if name == "the middle of a squeeze" else 1.0  # that of SiLU
+    slope = torch.ones_like(found.cross)
+    for consumer in found.consumers:
+        half = ("the middle of a squeeze", "1.up"), ("channels with gates", "2")
+        if (name, consumer.path.removesuffix(".weight")) in half:
+            slope[..., consumer.columns] = 0.5  # that of SiLU, and what a gate without weights is
     assert close(slope * found.cross, -total)
 
 
@@ -299,6 +382,10 @@ class _Unit:
             if at in graph.axes[axis].carriers and graph.state[at.path].dim() == 1:
                 value = 1.0 if at.path.endswith(ones) else value
             self.state[at.path] = self.put(at.path, at.dim, value)
+            if at in graph.axes[axis].carriers and graph.state[at.path].dim() > 2:
+                kernel = torch.zeros(graph.state[at.path].shape[2:], dtype=torch.double)
+                kernel[tuple((k - 1) // 2 for k in kernel.shape)] = 1
+                self.state[at.path] = self.put(at.path, at.dim, kernel.flatten())
 
     def put(self, path: str, dim: int, values: Any, part: int | None = None) -> Tensor:
         """Return a tensor with new numbers in the new unit's entries of one dim."""
@@ -402,8 +489,9 @@ def unfolded(x: Tensor, window: dict[str, Any], groups: int, bias: bool) -> Tens
     return torch.cat([made, torch.ones_like(made[:, :, :1])], 2) if bias else made
 
 
-@given(two_layers(), st.integers(0, 9))
-def test_moments_are_those_of_unfolded_inputs(drawn: Any, seed: int) -> None:
+@pytest.mark.parametrize("spectra", [True, False])
+@given(drawn=two_layers(), seed=st.integers(0, 9))
+def test_moments_are_those_of_unfolded_inputs(spectra: bool, drawn: Any, seed: int) -> None:
     model, first, second, g1, g2 = drawn
     model = filled(model.double(), seed).eval()
     x = torch.randn(3, 2, 5, 6, generator=torch.Generator().manual_seed(seed), dtype=torch.double)
@@ -416,7 +504,11 @@ def test_moments_are_those_of_unfolded_inputs(drawn: Any, seed: int) -> None:
         if a.obstacle is None and wanted <= {*map(str, (*a.producers, *a.consumers))}
     ]
     batches = [(x[:2], y[:2]), (x[2:], y[2:])]
-    for found in moments(graph, batches, loss, axes).values():
+    with pytest.MonkeyPatch.context() as patch:
+        way = "graphgrow.measure.correlate.cheaper"
+        patch.setattr(way, lambda x, y, along, wanted: spectra and bool(wanted))
+        measured = moments(graph, batches, loss, axes, overlap=True)
+    for found in measured.values():
         before = model[0](x)
         hidden = model[2](model[1](before))
         output = model[3](hidden)
@@ -427,13 +519,16 @@ def test_moments_are_those_of_unfolded_inputs(drawn: Any, seed: int) -> None:
         space = u.unflatten(3, hidden.shape[2:])
         far = F.unfold(space.flatten(0, 2)[:, None], **second).unflatten(0, space.shape[:3])
         cross = torch.einsum("ngetj,nhoj->ngheto", far, v).sum(0)
+        overlap = torch.einsum("ngetj,nhoj->ngheto", far, b).sum(0) / 3
         parts = found.parts
         pairs = [(g % g1, g % g2) for g in range(parts)]
         want = torch.stack([cross[g, h].transpose(1, 2).flatten(1) for g, h in pairs])
+        both = torch.stack([overlap[g, h].transpose(1, 2).flatten(1) for g, h in pairs])
         inputs = torch.einsum("ngep,ngfp->gef", u, u).expand(parts, -1, -1) / 3
         (consumer,) = found.consumers
         assert close(found.cross, want)
         assert close(found.inputs, inputs)
+        assert consumer.overlap is not None and close(consumer.overlap, both)
         assert close(consumer.present, torch.einsum("ngep,ngfp->gef", b, b) / 3)
         assert close(consumer.desired, torch.einsum("ngep,ngop->geo", b, v))
         assert close(consumer.gradient, torch.einsum("ngep,ngop->geo", v, v) * 3)
@@ -474,6 +569,34 @@ def test_large_batches_are_cut_into_pieces(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("graphgrow.measure.patches.ENTRIES", 100)
     cut = moments(graph, [(x, None)], _mean, ["0"])["0"]
     assert close(cut.inputs, whole.inputs) and close(cut.cross, whole.cross)
+
+
+def test_products_in_blocks_are_those_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    for case in (CASES["tokens"], CASES["residual stage"]):
+        model, graph = traced(case)
+        axis, batches = graph.axis(case[1]).name, data(model, case, (4,))
+
+        def made() -> list[Tensor]:
+            found = moments(graph, batches, loss, [axis])[axis]  # noqa: B023
+            own = [t for c in found.consumers for t in (c.present, c.gradient)]
+            return [found.inputs, found.cross, *own]
+
+        whole = made()
+        with monkeypatch.context() as patch:
+            patch.setattr("graphgrow.measure.sums.BLOCK", 2)
+            patch.setattr("graphgrow.measure.correlate.BLOCK", 1)
+            assert all(close(one, other) for one, other in zip(made(), whole, strict=True))
+
+
+def test_attention_in_pieces_is_that_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    for case in (CASES["values of attention"], CASES["values of masked attention"]):
+        _, graph = traced(case)
+        x = batch(case, 8)
+        whole = moments(graph, [(x, None)], _mean, [case[1]])[case[1]]
+        with monkeypatch.context() as patch:
+            patch.setattr("graphgrow.measure.patches.ENTRIES", 100)
+            cut = moments(graph, [(x, None)], _mean, [case[1]])[case[1]]
+        assert close(cut.inputs, whole.inputs) and close(cut.cross, whole.cross)
 
 
 def test_float32_sums_lose_nothing_from_batch_to_batch() -> None:
@@ -528,6 +651,64 @@ def test_all_axes_at_once_are_measured_as_each_alone() -> None:
             assert close(found.inputs, alone.inputs) and close(found.cross, alone.cross)
             for one, other in zip(found.consumers, alone.consumers, strict=True):
                 assert one.columns == other.columns and close(one.present, other.present)
+
+
+def test_only_what_is_named_is_measured() -> None:
+    model, graph = traced(CASES["residual stage"])
+    batches = data(model, CASES["residual stage"], (3,))
+    axis = graph.axis(CASES["residual stage"][1]).name
+    whole = moments(graph, batches, loss, [axis])[axis]
+    for name in ("inputs", "cross"):
+        alone = moments(graph, batches, loss, [axis], of=[name])[axis]
+        assert close(getattr(alone, name), getattr(whole, name))
+        other = "cross" if name == "inputs" else "inputs"
+        with pytest.raises(ValueError, match=f"cannot give '{other}' of .* ask for it with of="):
+            getattr(alone, other)
+        with pytest.raises(ValueError, match="cannot give 'gradient'"):
+            _ = alone.consumers[0].gradient
+    for one, other in zip(
+        moments(graph, batches, loss, [axis], of=["desired"])[axis].consumers,
+        whole.consumers,
+        strict=True,
+    ):
+        assert close(one.desired, other.desired)
+    with pytest.raises(ValueError, match=r"cannot measure .*'wishes'"):
+        moments(graph, batches, loss, [axis], of=["wishes"])
+
+
+def test_batches_of_images_of_different_sizes_are_added() -> None:
+    case = CASES["strides and borders"]
+    model, graph = traced(case)
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for sizes in ((6, 6), (7, 5), (9, 6)):
+        x = torch.randn(4, 2, *sizes, generator=generator, dtype=torch.double)
+        with torch.no_grad():
+            found.append((x, torch.cos(3 * model(x))))
+    whole = moments(graph, found, loss, ["0"])["0"]
+    parts = [moments(graph, [batch_], loss, ["0"])["0"] for batch_ in found]
+    assert close(whole.inputs, torch.stack([p.inputs for p in parts]).mean(0))
+    assert close(whole.cross, torch.stack([p.cross for p in parts]).mean(0))
+    present = torch.stack([p.consumers[0].present for p in parts]).mean(0)
+    assert close(whole.consumers[0].present, present)
+
+
+def test_spectra_are_taken_where_they_are_cheaper_and_give_the_same() -> None:
+    generator = torch.Generator().manual_seed(0)
+    images = (torch.randn(16, 64, 12, 12, generator=generator) for _ in range(2))
+    x, y = (Image(image.double()) for image in images)
+    along = [through_units((3, 1, 1, 1), (3, 1, 1, 1), (12, 12, 12))] * 2
+    whole = [
+        (i, j)
+        for i, j in itertools.product(range(len(along[0].stretches)), repeat=2)
+        if along[0].stretches[i].whole and along[1].stretches[j].whole
+    ]
+    assert cheaper(x, y, along, whole) and not cheaper(x, y, along, whole[:1])
+    for numbers, rows, found in lags(x, y, along, whole):
+        stretches = zip(along, numbers, strict=True)
+        places = [a.stretches[n].places(a.steps) for a, n in stretches]
+        read, wanted = zip(*places, strict=True)
+        assert close(found, (x.rows(read) @ y.rows(wanted).mT)[:, rows])
 
 
 def test_nothing_of_a_batch_is_kept_after_it() -> None:

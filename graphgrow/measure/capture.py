@@ -17,24 +17,26 @@ from torch.utils._pytree import tree_map
 from graphgrow.ir.assemble import assemble
 from graphgrow.ir.graph import Graph
 from graphgrow.ir.rules import Kind, row_of
-from graphgrow.measure.routes import Product
+from graphgrow.measure.routes import Mix, Product
 
-Desired = Callable[[Product, Mapping[Product, Tensor], Tensor], None]
-"""Takes a use of a weight, what each use read, and the gradient of the loss at its output."""
+Attended = Mapping[Mix, list[Tensor]]
+"""What each use of attention takes beside values."""
+Desired = Callable[[Product, Mapping[Product, Tensor], Attended, Tensor], None]
+"""Takes a use of a weight, what all uses read and attended, and its output's desired update."""
 
 
 class Capture:
     """One graph in one mode, ready to be run over batches."""
 
-    def __init__(self, graph: Graph, mode: str, watched: Collection[Product]) -> None:
+    def __init__(self, graph: Graph, mode: str, watched: Collection[Product | Mix]) -> None:
         self.structure = graph.train if mode == "train" else graph.eval
         self.tree = assemble(graph.modules, graph.leaves, _apart(graph.state))
         self.tree.train(mode == "train")
         self.devices = {t.device for t in graph.state.values() if t.device.type != "cpu"}
-        self.calls: dict[str, list[tuple[Any, Product | None]]] = {}
-        known = {id(product.step): product for product in watched}
+        self.calls: dict[str, list[tuple[Any, Product | Mix | None]]] = {}
+        known = {id(one.step): one for one in watched}
         for step in graph.analysis.steps:
-            if step.mode == mode and step.row.kind in (Kind.CONTRACT, Kind.GATHER):
+            if step.mode == mode and step.row.kind in _WATCHED:
                 call = step.func.overloadpacket, known.get(id(step))
                 self.calls.setdefault(step.node, []).append(call)
 
@@ -45,14 +47,19 @@ class Capture:
         loss: Callable[[Any, Any], Tensor],
         wanted: Collection[Product],
         desired: Desired,
+        examples: int,
     ) -> float:
-        """Return the loss of a batch; `desired` is called in the backward pass for `wanted`."""
+        """Return the loss of a batch; `desired` is called in the backward pass for `wanted`.
+
+        The loss is a mean over examples; desired updates are those of their sum.
+        """
         run = _Run(self, wanted, desired)
         with torch.random.fork_rng([d.index or 0 for d in self.devices]), torch.enable_grad():
             try:
                 value = loss(run.run(*tree_map(_plain, inputs)), target)
                 if run.anchors and value.requires_grad:
-                    torch.autograd.grad(value, run.anchors, allow_unused=True)
+                    start = torch.full_like(value, -examples)
+                    torch.autograd.grad(value, run.anchors, start, allow_unused=True)
             finally:
                 run.forget()
         return float(value.detach())
@@ -72,6 +79,9 @@ def _apart(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {path: made[id(tensor)] for path, tensor in state.items()}
 
 
+_WATCHED = (Kind.CONTRACT, Kind.GATHER, Kind.ATTEND)
+
+
 def _plain(value: Any) -> Any:
     return value.detach() if isinstance(value, Tensor) else value
 
@@ -85,6 +95,7 @@ class _Run(fx.Interpreter):
         self.calls, self.desired = capture.calls, desired
         self.wanted = {product.step.node: product for product in wanted}
         self.read: dict[Product, Tensor] = {}
+        self.attended: dict[Mix, list[Tensor]] = {}
         self.anchors: list[Tensor] = []
         self.hooks: list[Any] = []
 
@@ -93,7 +104,7 @@ class _Run(fx.Interpreter):
         expected = self.calls.get(n.name)
         if expected is None:
             return super().run_node(n)
-        with _Watch(n.name, expected, self.read) as watch:
+        with _Watch(n.name, expected, self.read, self.attended) as watch:
             result = super().run_node(n)
         watch.finish()
         product = self.wanted.get(n.name)
@@ -104,8 +115,11 @@ class _Run(fx.Interpreter):
             anchor = torch.zeros((), dtype=result.dtype, device=result.device, requires_grad=True)
             self.anchors.append(anchor)
             result = result + anchor
-        hook = result.register_hook(lambda found: self.desired(product, self.read, found.detach()))
-        self.hooks.append(hook)
+
+        def desired(found: Tensor) -> None:
+            self.desired(product, self.read, self.attended, found.detach())
+
+        self.hooks.append(result.register_hook(desired))
         return result
 
     def forget(self) -> None:
@@ -113,6 +127,7 @@ class _Run(fx.Interpreter):
         for hook in self.hooks:
             hook.remove()
         self.read.clear()
+        self.attended.clear()
         self.anchors.clear()
         self.env.clear()
 
@@ -120,25 +135,38 @@ class _Run(fx.Interpreter):
 class _Watch(TorchDispatchMode):
     """Notes what the contractions of one node read, in the order that the analysis saw them."""
 
-    def __init__(self, node: str, expected: list[Any], read: dict[Product, Tensor]) -> None:
+    def __init__(
+        self,
+        node: str,
+        expected: list[Any],
+        read: dict[Product, Tensor],
+        attended: dict[Mix, list[Tensor]],
+    ) -> None:
         super().__init__()
-        self.node, self.expected, self.read, self.count = node, expected, read, 0
+        self.node, self.expected, self.count = node, expected, 0
+        self.read, self.attended = read, attended
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         row = row_of(func)
-        if row is not None and row.kind in (Kind.CONTRACT, Kind.GATHER):
-            self._note(func, args)
+        if row is not None and row.kind in _WATCHED:
+            self._note(func, args, kwargs or {})
         return func(*args, **(kwargs or {}))
 
-    def _note(self, func: Any, args: tuple[Any, ...]) -> None:
+    def _note(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         if self.count >= len(self.expected) or self.expected[self.count][0] != func.overloadpacket:
             raise self._surprise(f"it calls '{func.overloadpacket}'")
         product = self.expected[self.count][1]
         self.count += 1
-        if product is not None:
-            tensors = [a for a in args if isinstance(a, Tensor)]
+        tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+        if isinstance(product, Mix):
+            del tensors[product.slot]
+            if product.step.row.kind is Kind.ATTEND:  # a mask may be the same for all examples
+                count = len(tensors[0])
+                tensors = [t[(None,) * (4 - t.dim())].expand(count, -1, -1, -1) for t in tensors]
+            self.attended[product] = [t.detach() for t in tensors]
+        elif product is not None:
             others = [s for s, _ in product.step.contracted if s != product.slot]
             self.read[product] = tensors[1 if product.embeds else others[0]].detach()
 

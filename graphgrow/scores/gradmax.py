@@ -54,7 +54,7 @@ class GradMax:
         """Return the proposal of units that hold a constant, None where they would get nothing."""
         count, moments = len(site.change.new), site.moments
         carriers = site.graph.axes[moments.axis].carriers
-        carried = site.drawn(ZeroIncoming(constant), carriers)
+        carried = {**site.drawn(ZeroIncoming(constant), carriers), **site.filters()}
         cross = site.cross(site.follow(carried))
         if not cross.any():
             return None

@@ -12,6 +12,8 @@ from graphgrow.ir.analyse import ParameterDim, Slot, Step
 from graphgrow.ir.graph import Graph
 from graphgrow.ir.rules import Kind
 from graphgrow.measure.cost import flops, parameters
+from graphgrow.measure.patches import tap
+from graphgrow.measure.routes import products
 from graphgrow.moments import Moments
 from graphgrow.passes.follow import Follower
 from graphgrow.passes.prove import old_entries
@@ -77,8 +79,17 @@ class Site:
                     if at.path == path)  # fmt: skip
 
     def incoming(self, found: Tensor) -> dict[str, Tensor]:
-        """Return the entries of producers and their biases, of `found` `(units, parts, in)`."""
-        entries: dict[str, Tensor] = {}
+        """Return the entries of producers and their biases, of `found` `(units, parts, in)`.
+
+        Those of producers that the moments leave out, which write gates, are zero.
+        """
+        measured = {producer.path for producer in self.moments.producers}
+        axis = self.graph.axes[self.moments.axis]
+        others = [at for at in axis.producers if at.path not in measured]
+        entries: dict[str, Tensor] = {
+            at.path: torch.zeros(len(found), len(self.old(at.path)), dtype=torch.double)
+            for at in others
+        }
         for producer in self.moments.producers:
             mine = found[:, :, producer.rows]
             entries[producer.path] = self._placed(producer.path, mine[..., : producer.entries])
@@ -114,9 +125,10 @@ class Site:
     def neutral(self) -> dict[str, Tensor]:
         """Return entries with which norms and biases change nothing: one or zero for each unit.
 
-        A batch norm gets scale and variance one, shift and mean zero; a bias is zero.
+        A batch norm gets scale and variance one, shift and mean zero; a bias is zero; a filter of
+        a unit's own is one at its centre.
         """
-        found: dict[str, Tensor] = {}
+        found = self.filters()
         carriers = {at.path: at for at in self.graph.axes[self.moments.axis].carriers}
         for step in self.graph.analysis.steps:
             for path, value in _neutral(self.graph, step).items():
@@ -124,6 +136,21 @@ class Site:
                     places = self.change.at(path, carriers[path].dim).shape[1]
                     size = (len(self.change.new), places)
                     found[path] = torch.full(size, value, dtype=torch.double)
+        return found
+
+    def filters(self) -> dict[str, Tensor]:
+        """Return entries of filters of each unit's own that pass on their centre alone.
+
+        Moments are taken for units that have such filters.
+        """
+        found: dict[str, Tensor] = {}
+        carriers = {at.path for at in self.graph.axes[self.moments.axis].carriers}
+        for product in products(self.graph.analysis, "eval").values():
+            if product.window is not None and product.weight in carriers:
+                kernel = tuple(self.graph.state[product.weight].shape[2:])
+                one = torch.zeros(kernel, dtype=torch.double)
+                one[tap(kernel)] = 1
+                found[product.weight] = one.flatten().expand(len(self.change.new), -1)
         return found
 
     def follow(self, carried: Weights) -> Follower:

@@ -85,7 +85,7 @@ class _Slopes:
             if not isinstance(a, Slot):
                 return a
             number = step.inputs[a.number]
-            return leaves[number] * 1 if number in leaves else self._number(number)
+            return leaves[number] * 1 if number in leaves else self._beside(number)
 
         with torch.enable_grad():
             args, kwargs = tree_map(operand, (step.args, dict(step.kwargs)))
@@ -94,6 +94,14 @@ class _Slopes:
                 return [0.0] * len(incoming)
             grads = torch.autograd.grad(result.sum(), list(leaves.values()), allow_unused=True)
         return [0.0 if g is None else float(g) for g in grads]
+
+    def _beside(self, number: int) -> Tensor:
+        """Return what the other side of an operator has: a gate's constant, or a parameter's."""
+        if number in self.follower.held and number not in self.follower.resized.analysis.sources:
+            content = self.follower.content(number)
+            if content.constant().all():
+                return torch.full((), float(content.scale[0]), dtype=torch.double)
+        return self._number(number)
 
     def _norm(self, step: Step) -> float:
         """Return the factor of a batch norm with its running variance."""
