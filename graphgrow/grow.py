@@ -33,7 +33,10 @@ Event = dict[str, Any]
 
 
 class Score(Protocol):
-    """What proposes new units from moments; `project` says whether these must be projected."""
+    """What proposes new units from moments; `project` says whether these must be projected.
+
+    A score with an attribute `overlap` that is true gets what producers and consumers read, too.
+    """
 
     @property
     def project(self) -> bool:
@@ -205,7 +208,14 @@ class Grower:
         if not self.when.due(self.clock):
             return None
         start = time.perf_counter()
-        found = moments(self.graph, batches, self.loss, self._axes(), project=self.score.project)
+        found = moments(
+            self.graph,
+            batches,
+            self.loss,
+            self._axes(),
+            project=self.score.project,
+            overlap=getattr(self.score, "overlap", False),
+        )
         ranked = self.where.ranked(self.graph, self.score.proposals(self.graph, found))
         taken: list[Event] = []
         for proposal in ranked:

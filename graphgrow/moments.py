@@ -49,7 +49,8 @@ class Consumer:
     unit is read at most. For each of g groups, with `b` entries read for a position (a last one of
     ones where there is a bias) and `o` outputs: `present` `(g, b, b)` is the covariance of present
     activations, `desired` `(g, b, o)` their cross moment with the desired update, and `gradient`
-    `(g, o, o)` the covariance of the desired update.
+    `(g, o, o)` the covariance of the desired update. `overlap`, where it was asked for, is `cross`
+    in these columns with what is read in place of what is desired: b instead of o.
     """
 
     path: str
@@ -59,6 +60,7 @@ class Consumer:
     present: Tensor
     desired: Tensor
     gradient: Tensor
+    overlap: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,6 +99,7 @@ def moments(
     *,
     mode: str = "eval",
     project: bool = False,
+    overlap: bool = False,
 ) -> dict[str, Moments]:
     """Return the moments of axes by name: those asked for, or all that can be measured.
 
@@ -104,8 +107,10 @@ def moments(
     examples. `loss(output, target)` is a mean over the batch, so that sums do not depend on how
     examples were batched. Sums are in double precision. With `project`, the batches are gone
     through twice: the second pass takes away what the consumers' own weights can do (TINY's
-    V_goal_proj, Prop. 3.1). Where torch.distributed is initialised, sums are over all ranks. The
-    model, its buffers, gradients and modes, and the random number generators stay as they are.
+    V_goal_proj, Prop. 3.1). With `overlap`, the cross moments of what producers and consumers read
+    are taken too, which cost as much as the rest or more. Where torch.distributed is initialised,
+    sums are over all ranks. The model, its buffers, gradients and modes, and the random number
+    generators stay as they are.
 
     Raises:
         NotApplicable: where an axis that was asked for cannot be measured.
@@ -113,7 +118,7 @@ def moments(
     """
     routes = _routes(graph, axes, mode)
     batches = list(batches) if project and not isinstance(batches, Sequence) else batches
-    sums = _summed(graph, batches, loss, routes, mode)
+    sums = _summed(graph, batches, loss, routes, mode, overlap=overlap)
     consumers = _consumers(graph, routes, sums)
     cross = {name: _cross(graph, found, sums) for name, found in routes.items()}
     sums.cross.clear()
@@ -131,7 +136,7 @@ def moments(
             sums.examples,
             sums.loss / sums.examples,
             _producers(graph, found),
-            _of_axis(graph, found, consumers),
+            _of_axis(graph, found, consumers, sums if overlap else None),
             inputs[name],
             cross[name],
             projected.get(name),
@@ -168,6 +173,7 @@ def _summed(
     routes: Mapping[str, Route],
     mode: str,
     updates: Mapping[str, Tensor] | None = None,
+    overlap: bool = False,
 ) -> Sums:
     """Return the sums of one pass; with `updates`, of what these cannot do."""
     wanted: dict[Product, list[Read]] = {}
@@ -178,7 +184,7 @@ def _summed(
     capture, sums = Capture(graph, mode, feeds | set(wanted)), Sums()
     for inputs, target in batches:
         given = inputs if isinstance(inputs, tuple) else (inputs,)
-        batch = Batch(graph, sums, wanted, updates, len(given[0]))
+        batch = Batch(graph, sums, wanted, updates, len(given[0]), overlap)
         value = capture.run(given, target, loss, wanted, batch.add)
         sums.loss += value * batch.examples
         sums.examples += batch.examples
@@ -262,14 +268,18 @@ def _consumer(graph: Graph, path: str, uses: list[Product], sums: Sums) -> Consu
     return Consumer(path, use.bias, slice(0), 1, present, desired, gradient)
 
 
-def _of_axis(graph: Graph, found: Route, consumers: Mapping[str, Consumer]) -> tuple[Consumer, ...]:
+def _of_axis(
+    graph: Graph, found: Route, consumers: Mapping[str, Consumer], sums: Sums | None
+) -> tuple[Consumer, ...]:
     """Return an axis' consumers with their places and how often they read a position of a unit."""
     placed = []
     for path, columns in _columns(graph, found).items():
         uses = found.reads[path]
         same, use = max(sum(u.feeds == r.feeds for u in uses) for r in uses), uses[0].product
         often = reads(use.window, kernel_of(graph, use)) if use.window else 1
-        placed.append(replace(consumers[path], columns=columns, reads=same * often))
+        overlap = None if sums is None else _overlap(graph, found, path, sums)
+        consumer = replace(consumers[path], columns=columns, overlap=overlap)
+        placed.append(replace(consumer, reads=same * often))
     return tuple(placed)
 
 
@@ -290,14 +300,39 @@ def _inputs(graph: Graph, found: Route, sums: Sums) -> Tensor:
 
 def _cross(graph: Graph, found: Route, sums: Sums) -> Tensor:
     """Return the cross moment of an axis: `(parts, in, out)`."""
-    producers, columns = _producers(graph, found), _columns(graph, found)
-    width, out = producers[-1].rows.stop, max(c.stop for c in columns.values())
-    device = graph.state[producers[0].path].device
-    joined = torch.zeros(found.parts, width, out, dtype=torch.double, device=device)
+    columns = _columns(graph, found)
+    joined = _unread(graph, found, max(c.stop for c in columns.values()))
     for path, reads_ in found.reads.items():
-        for p, read in itertools.product(producers, reads_):
-            for feed in read.feeds:
-                known = sums.cross.get((feed, read.product))
-                if known and feed.product.weight == p.path:
-                    known.into(joined[:, p.rows, columns[path]])
+        _join(joined[..., columns[path]], _producers(graph, found), reads_, sums.cross)
     return _over_ranks(joined).div_(sums.examples)
+
+
+def _overlap(graph: Graph, found: Route, path: str, sums: Sums) -> Tensor:
+    """Return the cross moment of what producers and one consumer read: `(parts, in, columns)`."""
+    read, *_ = found.reads[path]
+    places = max(read.flat, 1) * math.prod(kernel_of(graph, read.product))
+    joined = _unread(graph, found, _read_size(graph, read.product) * places)
+    _join(joined, _producers(graph, found), found.reads[path], sums.overlap)
+    return _over_ranks(joined).div_(sums.examples)
+
+
+def _unread(graph: Graph, found: Route, columns: int) -> Tensor:
+    """Return zeros `(parts, in, columns)` for moments of what an axis' producers read."""
+    producers = _producers(graph, found)
+    device = graph.state[producers[0].path].device
+    sizes = found.parts, producers[-1].rows.stop, columns
+    return torch.zeros(*sizes, dtype=torch.double, device=device)
+
+
+def _join(
+    joined: Tensor,
+    producers: tuple[Producer, ...],
+    reads_: tuple[Read, ...],
+    sums: Mapping[tuple[Feed, Product], Sum],
+) -> None:
+    """Add the sums of all ways from producers to the uses of one consumer."""
+    for p, read in itertools.product(producers, reads_):
+        for feed in read.feeds:
+            known = sums.get((feed, read.product))
+            if known and feed.product.weight == p.path:
+                known.into(joined[:, p.rows])

@@ -416,7 +416,7 @@ def test_moments_are_those_of_unfolded_inputs(drawn: Any, seed: int) -> None:
         if a.obstacle is None and wanted <= {*map(str, (*a.producers, *a.consumers))}
     ]
     batches = [(x[:2], y[:2]), (x[2:], y[2:])]
-    for found in moments(graph, batches, loss, axes).values():
+    for found in moments(graph, batches, loss, axes, overlap=True).values():
         before = model[0](x)
         hidden = model[2](model[1](before))
         output = model[3](hidden)
@@ -427,13 +427,16 @@ def test_moments_are_those_of_unfolded_inputs(drawn: Any, seed: int) -> None:
         space = u.unflatten(3, hidden.shape[2:])
         far = F.unfold(space.flatten(0, 2)[:, None], **second).unflatten(0, space.shape[:3])
         cross = torch.einsum("ngetj,nhoj->ngheto", far, v).sum(0)
+        overlap = torch.einsum("ngetj,nhoj->ngheto", far, b).sum(0) / 3
         parts = found.parts
         pairs = [(g % g1, g % g2) for g in range(parts)]
         want = torch.stack([cross[g, h].transpose(1, 2).flatten(1) for g, h in pairs])
+        both = torch.stack([overlap[g, h].transpose(1, 2).flatten(1) for g, h in pairs])
         inputs = torch.einsum("ngep,ngfp->gef", u, u).expand(parts, -1, -1) / 3
         (consumer,) = found.consumers
         assert close(found.cross, want)
         assert close(found.inputs, inputs)
+        assert consumer.overlap is not None and close(consumer.overlap, both)
         assert close(consumer.present, torch.einsum("ngep,ngfp->gef", b, b) / 3)
         assert close(consumer.desired, torch.einsum("ngep,ngop->geo", b, v))
         assert close(consumer.gradient, torch.einsum("ngep,ngop->geo", v, v) * 3)

@@ -109,10 +109,14 @@ def _mirrored(upper: Tensor) -> Tensor:
 
 @dataclass
 class Sums:
-    """All sums of a pass: covariances of pairs of feeds, cross moments, and those of consumers."""
+    """All sums of a pass: covariances of pairs of feeds, cross moments, and those of consumers.
+
+    `overlap` has products of what feeds and consumers read, as `cross` of what consumers want.
+    """
 
     covariance: dict[tuple[Feed, Feed], Sum] = field(default_factory=dict)
     cross: dict[tuple[Feed, Product], Sum] = field(default_factory=dict)
+    overlap: dict[tuple[Feed, Product], Sum] = field(default_factory=dict)
     desired: dict[Product, Sum] = field(default_factory=dict)
     gradient: dict[Product, Sum] = field(default_factory=dict)
     loss: float = 0.0
@@ -124,7 +128,8 @@ class Batch:
     """Adds the products of one batch to the sums while its backward pass runs.
 
     `updates` are those of present weights, which are taken away from what is desired; then cross
-    moments alone are summed.
+    moments alone are summed. With `overlap`, what consumers read takes the place of what they want
+    in a second set of cross moments.
     """
 
     graph: Graph
@@ -132,6 +137,7 @@ class Batch:
     wanted: Mapping[Product, list[Read]]
     updates: Mapping[str, Tensor] | None
     examples: int
+    overlap: bool = False
     done: set[tuple[Feed, Feed]] = field(default_factory=set)
 
     def add(self, product: Product, read: Mapping[Product, Tensor], gradient: Tensor) -> None:
@@ -140,6 +146,7 @@ class Batch:
         uses = list(dict.fromkeys([product, *feeds]))
         tensors = [gradient, *(read[use] for use in uses)]
         size = sum(self._size(use, read[use]) for use in uses)
+        size *= math.prod(kernel_of(self.graph, product)) if self.overlap else 1
         ways = {feed: r for r in self.wanted[product] for feed in r.feeds}
         pairs = {(a, b) for r in self.wanted[product] for a in r.feeds for b in r.feeds}
         pairs = {*pairs, (Feed(product), Feed(product))} - self.done
@@ -154,6 +161,9 @@ class Batch:
                     piece.add_covariance(a, b, self.sums.covariance.setdefault((a, b), Sum()))
             for feed, r in ways.items():
                 piece.add_cross(feed, r, v, self.sums.cross.setdefault((feed, product), Sum()))
+                if self.overlap:
+                    found = self.sums.overlap.setdefault((feed, product), Sum())
+                    piece.add_cross(feed, r, piece.patches(Feed(product)), found)
         self.done |= pairs
 
     def _size(self, use: Product, x: Tensor) -> int:

@@ -55,7 +55,7 @@ class GradMax:
         count, moments = len(site.change.new), site.moments
         carriers = site.graph.axes[moments.axis].carriers
         carried = site.drawn(ZeroIncoming(constant), carriers)
-        cross = site.cross(site.follow(carried))
+        cross = site.sloped(moments.cross, site.follow(carried))
         if not cross.any():
             return None
         _, values, right = torch.linalg.svd(cross, full_matrices=False)

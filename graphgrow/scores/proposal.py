@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from graphgrow.passes.widen import Widen
 from graphgrow.scores.slopes import slopes
 
 Weights = Mapping[str, Tensor]
-"""Entries of new units by parameter path, `(units, entries)`, as `Given` takes them."""
+"""Numbers by parameter path: of new units `(units, entries)`, as `Given` takes them, or whole."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class Proposal:
 
     `rewrite` keeps the function. `gain` is a decrease of the loss to first order, for one unit of
     what `unit` says. `parameters` and `flops` (per example, forward) are what it adds. `target` is
-    what the new units' weights would be beyond that, if the method says so: a separate step (see
-    `amplify`) goes there.
+    what the new units' weights would be beyond that, if the method says so, and `update` what is
+    added to present weights then, by path: a separate step (see `amplify`) goes there.
     """
 
     rewrite: Widen
@@ -40,6 +40,7 @@ class Proposal:
     parameters: int
     flops: int
     target: Given | None = None
+    update: Weights = field(default_factory=dict, compare=False)
 
 
 def untied(graph: Graph, moments: Mapping[str, Moments]) -> list[Moments]:
@@ -132,28 +133,33 @@ class Site:
         tensors = Given.of({**zero, **carried}).fill(self.change, self.graph.state)
         return Follower(self.change, {**self.graph.state, **tensors}).run()
 
-    def cross(self, follower: Follower, ahead: float = 0.0) -> Tensor:
-        """Return the cross moment times the slopes at what new units hold: `(parts, in, out)`.
+    def sloped(self, found: Tensor, follower: Follower, ahead: float = 0.0) -> Tensor:
+        """Return `(parts, in, out)` times the slopes at what new units hold.
 
         Activations with a kink count by the side of `ahead`.
         """
         rows = {p.path: p.rows for p in self.moments.producers}
         columns = {c.path: c.columns for c in self.moments.consumers}
-        scaled = torch.zeros_like(self.moments.cross)
+        scaled = torch.zeros_like(found)
         for (producer, consumer), slope in slopes(self.moments.route, follower, ahead).items():
             at = (slice(None), rows[producer], columns[consumer])
-            scaled[at] = slope * self.moments.cross[at]
+            scaled[at] = slope * found[at]
         return scaled
 
     def proposal(
-        self, weights: Given, gain: float, unit: str, target: Given | None = None
+        self,
+        weights: Given,
+        gain: float,
+        unit: str,
+        target: Given | None = None,
+        update: Weights | None = None,
     ) -> Proposal:
         """Return the proposal of these weights with their cost."""
         widths = self.change.widths()
         more = parameters(self.graph, widths) - parameters(self.graph)
         work = flops(self.graph, widths) - flops(self.graph)
         rewrite = Widen(self.moments.axis, len(self.change.new), weights=weights)
-        return Proposal(rewrite, gain, unit, more, work, target)
+        return Proposal(rewrite, gain, unit, more, work, target, update or {})
 
 
 def _neutral(graph: Graph, step: Step) -> dict[str, float]:

@@ -40,7 +40,7 @@ class Random:
             rows = slice(producer.rows.start, producer.rows.start + producer.entries)
             mine = incoming[producer.path][:, site.old(producer.path)]
             alpha[:, :, rows] = mine.reshape(self.units, moments.parts, -1)
-        cross = site.cross(site.follow(carried), ahead=1e-9)
+        cross = site.sloped(moments.cross, site.follow(carried), ahead=1e-9)
         gain = float(torch.einsum("kge,geo->kgo", alpha.to(cross), cross).square().sum())
         weights = Given.of({**carried, **incoming}, seed=self.seed)
         return site.proposal(weights, gain, "learning rate")
