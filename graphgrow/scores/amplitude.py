@@ -64,6 +64,34 @@ def amplify(
     return _searched(grown.graph, put, batches, loss, signed)
 
 
+def settle(
+    grown: Grown, proposal: Proposal, size: float, batches: Batches, loss: Loss
+) -> Amplified:
+    """Give new units their target weights, each side scaled, and return what that changed.
+
+    Over the new units the mean square of the norms of incoming weights is `size`, and so is that of
+    outgoing ones. No update of present weights is added.
+
+    Raises:
+        ValueError: where the proposal has no target.
+
+    Source: Verbockhaven et al. 2024, appendix D.3.1.
+    """
+    if proposal.target is None:
+        raise ValueError(f"cannot settle {proposal.rewrite.axis}: the proposal has no target")
+    before = mean_loss(grown.graph, batches, loss)
+    target = proposal.target
+    write(grown, Given.of(_sized(target.incoming, size), _sized(target.outgoing, size)))
+    return Amplified(size, before, mean_loss(grown.graph, batches, loss))
+
+
+def _sized(weights: tuple[tuple[str, Any], ...], size: float) -> dict[str, Tensor]:
+    """Return entries by path, scaled to a mean squared norm of units."""
+    found = {path: torch.tensor(w, dtype=torch.double) for path, w in weights}
+    mean = torch.cat(list(found.values()), 1).square().sum(1).mean()
+    return {path: w * (size / mean) ** 0.5 for path, w in found.items()}
+
+
 def advance(
     graph: Graph,
     update: Mapping[str, Tensor],

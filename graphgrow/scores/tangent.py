@@ -87,8 +87,8 @@ def _ahead(
     It is the derivative of the transposed product, which is linear: torch's forward mode lacks
     operators and scripts some.
     """
-    output, back = vjp(lambda w: functional_call(model, w, inputs), weights)
-    _, ahead = vjp(lambda left: back(left)[0], torch.zeros_like(output))
+    output, back, *_ = vjp(lambda w: functional_call(model, w, inputs), weights)
+    ahead = vjp(lambda left: back(left)[0], torch.zeros_like(output))[1]
     return ahead(direction)[0]
 
 
