@@ -28,7 +28,7 @@ from torch import nn
 import graphgrow as gg
 
 INPUTS, WIDTH, OUTPUTS, EXAMPLES = 20, 10, 10, 1000
-EVERY, LAST, RATE = 200, 500, 0.1
+RATE = 0.1
 KINDS = ("random", "GradMax", "small", "big")
 
 
@@ -73,7 +73,7 @@ def task(seed=0):
     return x, teacher(x).detach()
 
 
-def student(kind, seed, x, y):
+def student(kind, seed, x, y, options):
     """Train one student and return its losses, gradient norms and the Grower's record."""
     torch.manual_seed(seed)
     model = Net(WIDTH if kind == "big" else WIDTH // 2)
@@ -83,9 +83,9 @@ def student(kind, seed, x, y):
     score = Random(seed) if kind == "random" else gg.scores.GradMax(1, scale=1.0)
     budget = gg.Budget(units=WIDTH // 2 if kind in ("random", "GradMax") else 0)
     grower = gg.Grower(model, x[:2], loss=F.mse_loss, optimizer=optimizer, score=score,
-                       when=gg.Every(EVERY), budget=budget)  # fmt: skip
+                       when=gg.Every(options.every), budget=budget)  # fmt: skip
     losses, norms = [], []
-    for _ in range(EVERY * WIDTH // 2 + LAST):
+    for _ in range(options.every * WIDTH // 2 + options.last):
         optimizer.zero_grad()
         loss = F.mse_loss(grower.model(x), y)
         loss.backward()
@@ -121,11 +121,16 @@ def save_figure(runs, path):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=10, help="students of each kind")
+    parser.add_argument("--every", type=int, default=200, help="steps between growths")
+    parser.add_argument("--last", type=int, default=500, help="steps after the last one")
     parser.add_argument("--figure", help="where to draw")
     options = parser.parse_args()
     torch.set_num_threads(1)  # networks as small as these gain nothing from more
     began, (x, y) = time.perf_counter(), task()
-    runs = {kind: [student(kind, s, x, y) for s in range(options.repeats)] for kind in KINDS}
+    runs = {
+        kind: [student(kind, seed, x, y, options) for seed in range(options.repeats)]
+        for kind in KINDS
+    }
     print(f"{options.repeats} students of each kind, {time.perf_counter() - began:.0f} s")
     ends, jumps = {}, {}
     for kind, found in runs.items():
