@@ -26,6 +26,8 @@ class GradMax:
     constant that is folded out of the consumers' biases; a consumer that pads with zeros cannot
     fold it, and there is no proposal then.
 
+    Where new units hold zero, the target is a gradient step of their incoming weights.
+
     The gain is the squared norm of the gradient of the new incoming weights: the decrease of the
     loss to first order for one unit of learning rate. Orthogonal directions are the best only among
     orthogonal ones: the paper's constraint on the norm alone would copy the first direction.
@@ -62,8 +64,12 @@ class GradMax:
         omega = size * right[:, :count].transpose(0, 1) / moments.parts**0.5
         gain = float((values[:, :count] * size).square().sum() / moments.parts)
         zero = site.incoming(torch.zeros(count, *cross.shape[:2]))
-        weights = Given.of({**zero, **carried}, site.outgoing(omega))
-        return site.proposal(weights, gain, "learning rate")
+        outgoing, target = site.outgoing(omega), None
+        if not constant:  # else a step of its incoming weights alone is no step from zero
+            stepped = torch.einsum("geo,kgo->kge", cross, omega)
+            target = Given.of(site.incoming(stepped), outgoing)
+        weights = Given.of({**zero, **carried}, outgoing)
+        return site.proposal(weights, gain, "learning rate", target)
 
 
 def outgoing_norm(site: Site) -> float:
