@@ -25,6 +25,8 @@ from graphgrow.passes.apply import apply
 from graphgrow.passes.journal import rewrite_from_json, rewrites_to_json
 from graphgrow.passes.rewrite import Grown, Rewrite
 from graphgrow.passes.units import is_new
+from graphgrow.passes.weights import Given
+from graphgrow.passes.widen import Widen
 from graphgrow.scores.amplitude import amplify, mean_loss, settle
 from graphgrow.scores.carry import carried
 from graphgrow.scores.proposal import Proposal
@@ -91,7 +93,10 @@ class Grower:
 
     @property
     def journal(self) -> tuple[Rewrite, ...]:
-        """The rewrites since the user's model, as `gg.save` takes them."""
+        """The rewrites since the user's model, as `gg.save` takes them.
+
+        They are without the numbers that scores gave: those are in the model's tensors.
+        """
         return (*self._past, *self.graph.journal)
 
     def step(
@@ -228,7 +233,7 @@ class Grower:
             "flops": flops(grown.graph) - flops(self.graph),
         }
         migrate(self.optimizer, grown)
-        self.graph, self.model = grown.graph, _lowered(grown.graph, self.model)
+        self.graph, self.model = _short(grown.graph), _lowered(grown.graph, self.model)
         self._spent = {name: self._spent[name] + cost[name] for name in cost}
         (plain,) = rewrites_to_json([proposal.rewrite])
         event = {
@@ -269,6 +274,14 @@ class Grower:
         self.clock, self.record = Clock(**state["clock"]), copy.deepcopy(state["record"])
         self._spent = dict(state["spent"])
         self._past = tuple(rewrite_from_json(rewrite) for rewrite in state["journal"])
+
+
+def _short(graph: Graph) -> Graph:
+    """Return a graph whose journal ends without numbers: a long run's would fill the memory."""
+    *before, last = graph.journal
+    if isinstance(last, Widen) and isinstance(last.weights, Given):
+        last = dataclasses.replace(last, weights=Given(seed=last.weights.seed))
+    return dataclasses.replace(graph, journal=(*before, last))
 
 
 def _lowered(graph: Graph, model: nn.Module) -> nn.Module:

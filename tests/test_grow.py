@@ -87,6 +87,7 @@ def test_a_model_grows_in_its_own_loop_and_no_loss_jumps(name: str) -> None:
     }
     assert [json.loads(line) for line in found.lines().splitlines()] == found.record
     assert len(found.journal) == 4
+    assert all(r.weights == gg.Given() for r in found.journal)  # a long run's journal stays short
 
 
 def test_nothing_is_grown_before_its_time_or_beyond_the_budget() -> None:

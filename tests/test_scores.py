@@ -459,6 +459,33 @@ def _ascended(cross: Tensor, norm: Tensor, seed: int) -> float:
     return float((cross @ omega).square().sum())
 
 
+def test_gradmax_scales_new_units_by_the_present_ones() -> None:
+    for name in ("hidden units", "channels", "residual stage"):
+        graph, found, _ = measured(CASES[name])
+        axis = graph.axes[found.axis]
+        weights = [
+            gg.lower(graph).get_parameter(at.path).movedim(at.dim, 0) for at in axis.consumers
+        ]
+        mean = torch.cat([w.flatten(1) for w in weights], 1).norm(dim=1).mean()
+        for score, size in (
+            (gg.scores.GradMax(2), mean / 2),
+            (gg.scores.GradMax(2, norm=0.1), 0.1),
+        ):
+            (proposal,) = score.proposals(graph, {found.axis: found})
+            outgoing = torch.cat([double(w) for _, w in proposal.rewrite.weights.outgoing], 1)
+            assert close(outgoing.norm(dim=1), double(float(size)).expand(2))
+
+
+def test_a_step_of_gradmax_goes_along_the_gradient_of_its_incoming_weights() -> None:
+    graph, found, batches = measured(CASES["channels"])
+    (proposal,) = gg.scores.GradMax(2).proposals(graph, {found.axis: found})
+    grown = gg.apply(graph, proposal.rewrite)
+    start = mean_loss(grown.graph, batches, loss)
+    go(grown, proposal, 1e-6)
+    slope = (start - mean_loss(grown.graph, batches, loss)) / 1e-6
+    assert slope == pytest.approx(proposal.gain, rel=1e-3)
+
+
 def test_random_units_get_the_gradient_that_is_predicted() -> None:
     case: Case = (lambda: row(nn.Linear(3, 4), nn.Identity(), nn.Linear(4, 2)), "0", VECTOR)
     graph, found, batches = measured(case)

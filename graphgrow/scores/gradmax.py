@@ -22,7 +22,8 @@ class GradMax:
     """Zero incoming weights; outgoing ones along the top singular vectors of the cross moment.
 
     Each new unit's outgoing weights have `scale` times the mean norm of present units' (the
-    paper's code). Where an activation has no slope at zero (torch's ReLU), new units hold a
+    paper's code), or the norm `norm`. Where an activation has no slope at zero (torch's ReLU), new
+    units hold a
     constant that is folded out of the consumers' biases; a consumer that pads with zeros cannot
     fold it, and there is no proposal then.
 
@@ -35,6 +36,7 @@ class GradMax:
 
     units: int = 1
     scale: float = 0.5
+    norm: float | None = None
     project: ClassVar[bool] = False
 
     def proposals(self, graph: Graph, moments: Mapping[str, Moments]) -> list[Proposal]:
@@ -45,7 +47,7 @@ class GradMax:
     def _proposal(self, graph: Graph, moments: Moments) -> Proposal | None:
         count = min(self.units, *moments.cross.shape[1:])
         site = Site.of(graph, moments, count)
-        size = self.scale * outgoing_norm(site)
+        size = self.scale * outgoing_norm(site) if self.norm is None else self.norm
         for constant in (0.0, 1.0):
             found = self._with(site, constant, size)
             if found is not None and found.rewrite.obstacle(graph) is None:
@@ -79,5 +81,5 @@ def outgoing_norm(site: Site) -> float:
     for consumer in site.moments.consumers:
         weight, at = site.graph.state[consumer.path], site.dim(consumer.path)
         rows = present.slices(weight, at.path, at.dim)
-        squares += rows.double().square().sum(1).cpu()
+        squares += rows.double().square().sum(1)
     return float(squares.sqrt().mean()) or 1.0

@@ -108,7 +108,7 @@ class Site:
         """Return the entries that a scheme gives to new units in some tensors."""
         tensors, new = scheme.fill(self.change, self.graph.state), torch.from_numpy(self.change.new)
         return {
-            at.path: self.change.slices(tensors[at.path], at.path, at.dim)[new].double().cpu()
+            at.path: self.change.slices(tensors[at.path], at.path, at.dim)[new].double()
             for at in paths
         }
 
