@@ -466,14 +466,14 @@ def test_gradmax_scales_new_units_by_the_present_ones() -> None:
         weights = [
             gg.lower(graph).get_parameter(at.path).movedim(at.dim, 0) for at in axis.consumers
         ]
-        mean = torch.cat([w.flatten(1) for w in weights], 1).norm(dim=1).mean()
+        mean = torch.cat([w.flatten(1) for w in weights], 1).norm(dim=1).mean().item()
         for score, size in (
             (gg.scores.GradMax(2), mean / 2),
             (gg.scores.GradMax(2, norm=0.1), 0.1),
         ):
             (proposal,) = score.proposals(graph, {found.axis: found})
             outgoing = torch.cat([double(w) for _, w in proposal.rewrite.weights.outgoing], 1)
-            assert close(outgoing.norm(dim=1), double(float(size)).expand(2))
+            assert close(outgoing.norm(dim=1), double(size).expand(2))
 
 
 def test_a_step_of_gradmax_goes_along_the_gradient_of_its_incoming_weights() -> None:
