@@ -12,7 +12,12 @@ ones. Ψ is the bottleneck at the three axes, as a share of what is desired.
 The paper (figure 8, ResNet-18 from 1/64 width) shows TINY learning and Random staying at chance; it
 leaves GradMax out, whose units have no effect before a gradient step. The joint problem is its
 eq. 5. The activation is max(x, 0) with slope one at zero, as GradMax's authors have it. Takes about
-four minutes on two cores.
+three minutes on one core.
+
+Measured, training loss and test accuracy after five rounds, from 4.66 and 1.3 %: joint TINY 3.50
+and 10.0 %, TINY 3.55 and 8.5 %, random 3.61 and 8.6 %, GradMax 3.62 and 10.7 %. Much of it is the
+best update of present weights, which all four get here: without it random growth stays at chance as
+in the paper, but TINY's units, made for what that update leaves over, hardly lower the loss either.
 
 Source: Verbockhaven, Rudkiewicz, Chevallier, Charpiat (2024), Growing Tiny Networks, section 5.2.
 """

@@ -19,6 +19,7 @@ import graphgrow as gg
 from graphgrow.measure.cost import flops, parameters
 from graphgrow.moments import moments
 from graphgrow.scores.amplitude import advance, amplify, go, mean_loss
+from graphgrow.scores.gradmax import _simplex
 from graphgrow.scores.proposal import Site
 from graphgrow.scores.tangent import output_bottleneck
 from graphgrow.scores.tiny import beside, best_step, bottleneck, noise, placed, solved, unseen
@@ -457,6 +458,34 @@ def _ascended(cross: Tensor, norm: Tensor, seed: int) -> float:
     for _ in range(2000):
         omega = F.normalize(omega + cross.T @ (cross @ omega), dim=0) * norm
     return float((cross @ omega).square().sum())
+
+
+@pytest.mark.parametrize("kind", [torch.double, torch.float])
+def test_gradmax_is_exact_and_alive_where_no_constant_can_be_folded(kind: torch.dtype) -> None:
+    """ReLU before a convolution that pads with zeros: constants cancel among the new units."""
+    first, second = nn.Conv2d(2, 4, 3, padding=1), nn.Conv2d(4, 3, 3, padding=1, bias=False)
+    model = filled(row(first, nn.BatchNorm2d(4), nn.ReLU(), second).double(), 1).to(kind)
+    x = batch((lambda: model, "0", IMAGE), 20).to(kind)
+    y = torch.cos(3 * model.eval()(x)).detach()
+    graph = gg.trace(model, x[:2])
+    found = moments(graph, [(x, y)], loss, ["0"])["0"]
+    assert gg.scores.GradMax(1).proposals(graph, {"0": found}) == []
+    (proposal,) = gg.scores.GradMax(3).proposals(graph, {"0": found})
+    grown = gg.apply(graph, proposal.rewrite)
+    assert gg.compare(graph, grown.graph, x).relative < 1e-10
+    ((_, given),) = proposal.rewrite.weights.outgoing
+    omega = double(given)
+    assert torch.equal(omega.sum(0), torch.zeros(27, dtype=torch.double))
+    sizes, gained = omega.norm(dim=1), gradients(grown, ["0.weight", "0.bias"], [(x, y)])
+    assert (sizes / sizes.mean() - 1).abs().max() < 1e-5
+    assert abs(gained / proposal.gain - 1) < (1e-9 if kind is torch.double else 1e-3)
+    alone = torch.autograd.grad(loss(gg.lower(grown.graph)(x), y), grown.graph.state["0.weight"])
+    assert alone[0][-3:].flatten(1).norm(dim=1).min() > 0
+    generator, best = torch.Generator().manual_seed(0), (found.cross[0] @ omega.T).square().sum()
+    for _ in range(20):  # corners of a simplex over other directions of the same length
+        basis = torch.linalg.qr(torch.randn(27, 2, generator=generator, dtype=torch.double)).Q
+        rival = sizes.mean() * _simplex(3) @ basis.T
+        assert (found.cross[0] @ rival.T).square().sum() < best * (1 + 1e-6)
 
 
 def test_gradmax_scales_new_units_by_the_present_ones() -> None:
