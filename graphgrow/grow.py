@@ -149,6 +149,8 @@ class Grower:
 
     def _proposals(self, axes: list[str], batches: Batches) -> list[Proposal]:
         """Return what the score proposes for axes, for as many units as are wanted."""
+        if not axes:
+            return []
         found: Mapping[str, Moments] = moments(
             self.graph,
             batches,
@@ -205,7 +207,10 @@ class Grower:
             except NotApplicable as error:
                 refused.append(str(error))
                 continue
-            taken.append(self._take(proposal, grown, batches, held))
+            cost = self._cost(proposal, grown)
+            if not self.budget.allows(self._spent, cost):  # beside others it costs more
+                continue
+            taken.append(self._take(proposal, grown, cost, batches, held))
             done.append(grown)
         return taken, refused
 
@@ -221,17 +226,23 @@ class Grower:
             )
         return grown
 
+    def _cost(self, proposal: Proposal, grown: Grown) -> dict[str, int]:
+        """Return what a proposal costs as it was applied."""
+        more = parameters(grown.graph) - parameters(self.graph)
+        work = flops(grown.graph) - flops(self.graph)
+        return {"units": proposal.rewrite.units, "parameters": more, "flops": work}
+
     def _take(
-        self, proposal: Proposal, grown: Grown, batches: Batches, held: Batches | None
+        self,
+        proposal: Proposal,
+        grown: Grown,
+        cost: Mapping[str, int],
+        batches: Batches,
+        held: Batches | None,
     ) -> Event:
         """Go on with a grown graph and return what its growth did."""
         before, after = (mean_loss(g, batches[:1], self.loss) for g in (self.graph, grown.graph))
         _check(before, after, proposal, self.graph)
-        cost = {
-            "units": proposal.rewrite.units,
-            "parameters": parameters(grown.graph) - parameters(self.graph),
-            "flops": flops(grown.graph) - flops(self.graph),
-        }
         migrate(self.optimizer, grown)
         self.graph, self.model = _short(grown.graph), _lowered(grown.graph, self.model)
         self._spent = {name: self._spent[name] + cost[name] for name in cost}
@@ -312,7 +323,7 @@ def new_gradient(grown: Grown, batches: Batches, loss: Loss) -> float:
     model = lower(grown.graph).eval()
     tensors = {id(grown.graph.state[path]): path for path in grown.origin}  # tied ones once
     state = {path: grown.graph.state[path] for path in tensors.values()}
-    changed = {path: t for path, t in state.items() if isinstance(t, nn.Parameter)}
+    changed = {path: t for path, t in state.items() if t.requires_grad}
     total, count = {path: torch.zeros_like(t) for path, t in changed.items()}, 0
     for inputs, target in batches:
         given = inputs if isinstance(inputs, tuple) else (inputs,)
