@@ -6,9 +6,9 @@ import copy
 import dataclasses
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -54,6 +54,17 @@ class Score(Protocol):
         ...
 
 
+@runtime_checkable
+class Search(Protocol):
+    """What proposes units and layers from the batches themselves."""
+
+    def propose(
+        self, graph: Graph, batches: Batches, loss: Loss, axes: Iterable[str] | None = None
+    ) -> list[Proposal]:
+        """Return the proposals for places, axes only those named."""
+        ...
+
+
 class Grower:
     """Grows a model in the user's own training loop.
 
@@ -74,7 +85,7 @@ class Grower:
         *,
         loss: Loss,
         optimizer: Optimizer,
-        score: Score,
+        score: Score | Search,
         when: When = ALWAYS,
         where: Where = ANYWHERE,
         many: HowMany | None = None,
@@ -149,6 +160,10 @@ class Grower:
 
     def _proposals(self, axes: list[str], batches: Batches) -> list[Proposal]:
         """Return what the score proposes for axes, for as many units as are wanted."""
+        score: Any = self.score
+        if isinstance(score, Search):
+            named = axes if self.where.turns else self.where.axes
+            return score.propose(self.graph, batches, self.loss, named)
         if not axes:
             return []
         found: Mapping[str, Moments] = moments(
@@ -156,18 +171,17 @@ class Grower:
             batches,
             self.loss,
             axes,
-            project=self.score.project,
-            overlap=getattr(self.score, "overlap", False),
+            project=score.project,
+            overlap=getattr(score, "overlap", False),
         )
         if isinstance(self.when, Choosy):
             found = self.when.ripe(found)
         if self.many is None:
-            return self.score.proposals(self.graph, found)
+            return score.proposals(self.graph, found)
         proposals: list[Proposal] = []
         for name, measured in found.items():
-            score: Any = self.score
-            score = dataclasses.replace(score, units=self._wanted(name))
-            proposals += score.proposals(self.graph, {name: measured})
+            sized = dataclasses.replace(score, units=self._wanted(name))
+            proposals += sized.proposals(self.graph, {name: measured})
         return proposals
 
     def _axes(self) -> list[str]:
@@ -220,9 +234,8 @@ class Grower:
         most = self.budget.latency
         if most is not None and (found := latency(grown.graph)) > most:
             raise NotApplicable(
-                f"cannot widen axis '{proposal.rewrite.axis}' by {proposal.rewrite.units}: the "
-                f"example inputs would take {found * 1e3:.3g} ms, and the budget is "
-                f"{most * 1e3:.3g} ms"
+                f"cannot grow '{proposal.place}' by {proposal.units}: the example inputs would "
+                f"take {found * 1e3:.3g} ms, and the budget is {most * 1e3:.3g} ms"
             )
         return grown
 
@@ -230,7 +243,7 @@ class Grower:
         """Return what a proposal costs as it was applied."""
         more = parameters(grown.graph) - parameters(self.graph)
         work = flops(grown.graph) - flops(self.graph)
-        return {"units": proposal.rewrite.units, "parameters": more, "flops": work}
+        return {"units": proposal.units, "parameters": more, "flops": work}
 
     def _take(
         self,
@@ -242,14 +255,13 @@ class Grower:
     ) -> Event:
         """Go on with a grown graph and return what its growth did."""
         before, after = (mean_loss(g, batches[:1], self.loss) for g in (self.graph, grown.graph))
-        _check(before, after, proposal, self.graph)
+        _check(before, after, proposal, grown)
         migrate(self.optimizer, grown)
         self.graph, self.model = _short(grown.graph), _lowered(grown.graph, self.model)
         self._spent = {name: self._spent[name] + cost[name] for name in cost}
-        (plain,) = rewrites_to_json([proposal.rewrite])
         event = {
-            "rewrite": {name: value for name, value in plain.items() if name != "weights"},
-            "axis": proposal.rewrite.axis,
+            "rewrite": type(proposal.rewrite).__name__,
+            "axis": proposal.place,
             **cost,
             "gain": proposal.gain,
             "unit": proposal.unit,
@@ -303,14 +315,15 @@ def _lowered(graph: Graph, model: nn.Module) -> nn.Module:
         return lower(graph).train(model.training)
 
 
-def _check(before: float, after: float, proposal: Proposal, graph: Graph) -> None:
+def _check(before: float, after: float, proposal: Proposal, grown: Grown) -> None:
     """Raise where growth changed the loss by more than rounding may."""
-    dtypes = [t.dtype for t in graph.state.values() if t.is_floating_point()]
+    dtypes = [t.dtype for t in grown.graph.state.values() if t.is_floating_point()]
     eps = max((torch.finfo(dtype).eps for dtype in dtypes), default=0.0)
-    if not abs(after - before) <= max(1e-10, 100 * eps) * max(abs(before), 1.0):
-        axis, units = proposal.rewrite.axis, proposal.rewrite.units
+    bound = max(1e-10, 100 * eps, grown.proof.rounding)
+    if not abs(after - before) <= bound * max(abs(before), 1.0):
+        what = f"{proposal.units} units in" if proposal.units else "a layer at"
         raise NotEquivalent(
-            f"not equivalent after {units} units in '{axis}': the loss went from {before:.6g} to "
+            f"not equivalent after {what} '{proposal.place}': the loss went from {before:.6g} to "
             f"{after:.6g} on the first batch"
         )
 

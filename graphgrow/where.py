@@ -36,8 +36,7 @@ UNLIMITED = Budget()
 
 def cost_of(proposal: Proposal) -> dict[str, int]:
     """Return what a proposal costs by the names of a budget."""
-    units = proposal.rewrite.units
-    return {"units": units, "parameters": proposal.parameters, "flops": proposal.flops}
+    return {"units": proposal.units, "parameters": proposal.parameters, "flops": proposal.flops}
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,8 @@ class Where:
     Of `axes` (all that can be measured if left out) the best `places` are taken: those with the
     largest gain per `per` ("parameters", "flops" or "units"), or with None the largest gain.
     A proposal has to gain more than `least` in these terms. `most` limits the width of axes by
-    name, as protocols with a final architecture do. With `turns`, axes take turns in their order:
+    name, as protocols with a final architecture do; layers, where a score proposes them, may go
+    anywhere. With `turns`, axes take turns in their order:
     each growth looks at the next one alone that has room.
     """
 
@@ -75,7 +75,7 @@ class Where:
             p
             for p in proposals
             if self._worth(p) > self.least
-            and p.rewrite.units <= self.room(graph.axes[p.rewrite.axis])
+            and (not p.units or p.units <= self.room(graph.axes[p.place]))
         ]
         return sorted(fits, key=self._worth, reverse=True)
 

@@ -52,7 +52,7 @@ def amplify(
     Source: Verbockhaven et al. 2024, section 3.2 and appendix D.3.
     """
     if proposal.target is None:
-        raise ValueError(f"cannot amplify {proposal.rewrite.axis}: the proposal has no target")
+        raise ValueError(f"cannot amplify {proposal.place}: the proposal has no target")
     kept = _kept(grown.graph, [*grown.origin, *proposal.update])
 
     def put(gamma: float) -> None:
@@ -78,7 +78,7 @@ def settle(
     Source: Verbockhaven et al. 2024, appendix D.3.1.
     """
     if proposal.target is None:
-        raise ValueError(f"cannot settle {proposal.rewrite.axis}: the proposal has no target")
+        raise ValueError(f"cannot settle {proposal.place}: the proposal has no target")
     before = mean_loss(grown.graph, batches, loss)
     target = proposal.target
     write(grown, Given.of(_sized(target.incoming, size), _sized(target.outgoing, size)))

@@ -26,7 +26,7 @@ def carried(proposal: Proposal, grown: Grown) -> Proposal:
             entries there.
     """
     (other,), own = grown.rewrites, proposal.rewrite
-    if not isinstance(other, Widen):
+    if not (isinstance(other, Widen) and isinstance(own, Widen)):
         return proposal
     update = {
         path: gather(change, grown.origin[path]) if path in grown.origin else change
