@@ -2,7 +2,7 @@
 
 from graphgrow import scores
 from graphgrow.errors import NotApplicable, NotEquivalent, UnsupportedOp
-from graphgrow.grow import Budget, Every, Grower, Plateau, Where
+from graphgrow.grow import Grower
 from graphgrow.io import load, save
 from graphgrow.ir.analyse import Axis
 from graphgrow.ir.graph import Graph
@@ -31,17 +31,21 @@ from graphgrow.passes.weights import Copy, Given, MeanFill, Pairs, ZeroIncoming,
 from graphgrow.passes.widen import Widen
 from graphgrow.verify import compare
 from graphgrow.version import __version__
+from graphgrow.when import Bottleneck, Every, Plateau
+from graphgrow.where import Budget, Doubling, Quota, Where
 
 __all__ = [
     "Absorb",
     "AdaRad",
     "AdaRadM",
     "Axis",
+    "Bottleneck",
     "Branch",
     "Budget",
     "Cap",
     "Copy",
     "Deepen",
+    "Doubling",
     "Every",
     "Factor",
     "Fans",
@@ -58,6 +62,7 @@ __all__ = [
     "Plateau",
     "Progress",
     "Protocol",
+    "Quota",
     "Remove",
     "Residual",
     "Skip",

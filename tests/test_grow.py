@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import graphgrow as gg
+from graphgrow.measure.cost import latency
 from graphgrow.moments import moments
 from graphgrow.scores.amplitude import mean_loss
+from graphgrow.scores.carry import carried
+from graphgrow.when import Clock
 
 
 class Digits(nn.Module):
@@ -83,6 +87,7 @@ def test_a_model_grows_in_its_own_loop_and_no_loss_jumps(name: str) -> None:
     }
     assert [json.loads(line) for line in found.lines().splitlines()] == found.record
     assert len(found.journal) == 4
+    assert all(r.weights == gg.Given() for r in found.journal)  # a long run's journal stays short
 
 
 def test_nothing_is_grown_before_its_time_or_beyond_the_budget() -> None:
@@ -152,6 +157,189 @@ def test_the_amplitude_is_a_step_of_its_own_that_lowers_the_loss() -> None:
     assert sum(losses) / 2 == pytest.approx(before, rel=1e-5)
 
 
+def test_an_epoch_is_a_number_of_steps() -> None:
+    assert gg.Every.epochs(0.25, 391) == gg.Every(98) and gg.Every.epochs(2, 10) == gg.Every(20)
+    assert gg.Every.epochs(0.01, 10) == gg.Every(1)
+
+
+def test_axes_take_turns_by_their_quotas_and_end_at_their_most() -> None:
+    where = gg.Where(axes=("first", "second"), turns=True, most=(("first", 4), ("second", 9)))
+    many = gg.Quota((("first", 2), ("second", 4)))
+    found = grower(*fresh(), when=gg.Every(1), where=where, many=many, score=gg.scores.Random())
+    for _ in range(5):
+        found.step(BATCHES)
+    grown = [(g["axis"], g["units"]) for e in found.record for g in e["growths"]]
+    assert grown == [("first", 2), ("second", 4), ("second", 2)]
+    assert found.record[-1]["widths"] == {"first": 4, "second": 9}
+
+
+def test_a_turn_without_a_proposal_is_over() -> None:
+    where = gg.Where(axes=("first", "second"), turns=True, least=0.0)
+    found = grower(*fresh(), when=gg.Every(1), where=where, score=Nothing("first"))
+    assert [found.step(BATCHES) is not None for _ in range(4)] == [False, True, False, True]
+
+
+class Nothing:
+    """Random units, but none for one axis."""
+
+    project = False
+
+    def __init__(self, axis: str) -> None:
+        self.axis = axis
+
+    def proposals(self, graph: gg.Graph, found: Any) -> list[Any]:
+        proposals = gg.scores.Random(1).proposals(graph, found)
+        return [p for p in proposals if p.rewrite.axis != self.axis]
+
+
+def test_widths_double() -> None:
+    found = grower(*fresh(), when=gg.Every(1), many=gg.Doubling(), score=gg.scores.Random())
+    found.where = gg.Where(axes=("second",), most=(("second", 10),))
+    events = [found.step(BATCHES) for _ in range(3)]
+    assert [event["widths"]["second"] for event in events if event] == [6, 10]
+
+
+def test_only_axes_whose_bottleneck_is_a_share_of_what_is_desired_grow() -> None:
+    graph = gg.trace(fresh()[0], BATCHES[0][0][:2])
+    found = moments(graph, BATCHES, F.cross_entropy)
+    shares = {}
+    for name, axis in found.items():
+        every = sum(float(c.gradient.diagonal(dim1=1, dim2=2).sum()) for c in axis.consumers)
+        shares[name] = gg.scores.bottleneck(axis) / every
+    low, high = sorted(shares.values())
+    assert 0 < low < high < 1
+    grown = []
+    for share in (low * 0.99, (low + high) / 2, high * 1.01):
+        when, where = gg.Bottleneck(share), gg.Where(places=2)
+        event = grower(*fresh(), when=when, where=where, score=gg.scores.Random()).step(BATCHES)
+        grown.append([] if event is None else sorted(g["axis"] for g in event["growths"]))
+    assert grown == [sorted(shares), [n for n, s in shares.items() if s == high], []]
+    assert [gg.Bottleneck(0.1, 3).due(Clock(steps=n)) for n in (2, 3)] == [False, True]
+
+
+def test_growth_stops_where_the_measured_latency_would_be_too_long(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def slow(graph: gg.Graph) -> float:
+        return 1e-3 * graph.axes["second"].width
+
+    monkeypatch.setattr("graphgrow.grow.latency", slow)
+    where = gg.Where(axes=("first", "second"), places=2)
+    budget, score = gg.Budget(latency=4e-3), gg.scores.Random()
+    found = grower(*fresh(), when=gg.Every(1), budget=budget, where=where, score=score)
+    events = [found.step(BATCHES) for _ in range(3)]
+    assert found.graph.axes["second"].width == 4 and found.graph.axes["first"].width == 5
+    assert events[2] is not None
+    (why,) = events[2]["refused"]
+    assert (
+        "cannot grow 'second' by 1: the example inputs would take 5 ms, and the budget is 4 ms"
+        in why
+    )
+
+
+def test_latency_is_the_shortest_of_several_runs_without_the_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    graph = gg.trace(nn.Linear(2, 2), torch.ones(1, 2))
+    assert 0 < latency(graph) < 10
+    times = iter([0.0, 1.0, 5.0, 9.0, 9.0, 12.0, 20.0, 25.0])
+    monkeypatch.setattr("graphgrow.measure.cost.time.perf_counter", lambda: next(times))
+    assert latency(graph, 3) == 3.0
+
+
+class Chain(nn.Module):
+    """Three layers in a row, and a stage that one of them joins with itself."""
+
+    def __init__(self, activation: nn.Module) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(3, 4), nn.Linear(4, 5), nn.Linear(5, 4)
+        self.head, self.activation = nn.Linear(4, 3), activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.activation(self.a(x))
+        return self.head(x + self.activation(self.c(self.activation(self.b(x)))))
+
+
+@pytest.mark.parametrize("activation", [nn.Tanh(), nn.ReLU()], ids=["tanh", "relu"])
+@pytest.mark.parametrize(
+    "score", [gg.scores.Tiny(2), gg.scores.Tiny(2, joint=True), gg.scores.GradMax(2)]
+)
+def test_axes_that_share_a_tensor_grow_at_once_as_they_would_alone(
+    activation: nn.Module, score: Any
+) -> None:
+    torch.manual_seed(0)
+    model = Chain(activation).double()
+    x = torch.randn(40, 3, dtype=torch.double)
+    batches = [(x, x.square().cumsum(1).argmax(1))]
+    graph = gg.trace(model, x[:2])
+    options = {"project": score.project, "overlap": getattr(score, "overlap", False)}
+    alone = score.proposals(graph, moments(graph, batches, F.cross_entropy, **options))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    found = gg.Grower(
+        model, x[:2], loss=F.cross_entropy, optimizer=optimizer, score=score,
+        where=gg.Where(places=9, least=-math.inf), amplitude=isinstance(score, gg.scores.Tiny),
+    )  # fmt: skip
+    event = found.step(batches)
+    assert event is not None and event["refused"] == []
+    assert {g["axis"] for g in event["growths"]} == {p.rewrite.axis for p in alone}
+    assert len(alone) == 2
+    for growth in event["growths"]:
+        (same,) = [p for p in alone if p.rewrite.axis == growth["axis"]]
+        assert growth["gain"] == pytest.approx(same.gain, rel=1e-9)
+    if not isinstance(score, gg.scores.Tiny):
+        assert event["loss_after"] == pytest.approx(event["loss_before"], rel=1e-12)
+
+
+def test_pairs_of_units_of_two_axes_cannot_be_given_at_once() -> None:
+    class Grid(nn.Module):
+        """One position for each pair of units of two axes."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.rows, self.columns = nn.Conv2d(1, 2, 1), nn.Linear(4, 3)
+            self.head = nn.Linear(2 * 5 * 3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.columns(self.rows(x)).flatten(1))
+
+    graph = gg.trace(Grid(), torch.randn(2, 1, 5, 4))
+    scheme = gg.Given.of(None, {"head.weight": torch.zeros(1, 30)})
+    proposal = gg.scores.Proposal(gg.Widen("rows", 1, weights=scheme), 0.0, "", 0, 0)
+    grown = gg.apply(graph, gg.Widen("columns", 1))
+    with pytest.raises(gg.NotApplicable, match=r"'rows' in one growth with 'columns': dim 1 of"):
+        carried(proposal, grown)
+
+
+def test_the_gain_measured_is_the_gradient_of_the_new_entries() -> None:
+    found = grower(*fresh(), when=gg.Every(1), score=gg.scores.Random(2))
+    event = found.step(BATCHES)
+    assert event is not None
+    (growth,) = event["growths"]
+    assert growth["rewrite"] == "Widen" and growth["units"] == 2
+    model = found.model.eval()
+    value = sum(F.cross_entropy(model(x), y) for x, y in BATCHES) / len(BATCHES)
+    reader = {"first": "second", "second": "head"}[growth["axis"]]
+    (slope,) = torch.autograd.grad(value, [model.get_submodule(reader).weight])
+    # what writes the new units has no gradient yet
+    assert growth["gain_measured"] == pytest.approx(float(slope[:, -2:].square().sum()), rel=1e-4)
+
+
+def test_units_settle_at_weights_of_a_given_size() -> None:
+    found = grower(*fresh(), when=gg.Every(1), score=gg.scores.Tiny(2), amplitude=1e-3)
+    event = found.step(BATCHES)
+    assert event is not None
+    (growth,) = event["growths"]
+    writer, reader = {"first": ("first", "second"), "second": ("second", "head")}[growth["axis"]]
+    model = found.model
+    incoming = model.get_submodule(writer).weight[-2:].flatten(1).square().sum(1)
+    bias = model.get_submodule(writer).bias
+    incoming = incoming if bias is None else incoming + bias[-2:].square()
+    outgoing = model.get_submodule(reader).weight[:, -2:].transpose(0, 1).flatten(1)
+    assert float(incoming.mean().detach()) == pytest.approx(1e-3, rel=1e-4)
+    assert float(outgoing.square().sum(1).mean().detach()) == pytest.approx(1e-3, rel=1e-4)
+    assert growth["amplitude"] == 1e-3 and growth["gain_measured"] != 0
+
+
 def test_a_growth_that_changes_the_loss_is_refused_and_leaves_all_as_it_was(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -168,10 +356,11 @@ def test_a_growth_that_changes_the_loss_is_refused_and_leaves_all_as_it_was(
 
 @pytest.mark.parametrize("amplitude", [False, True])
 def test_stopped_and_resumed_a_run_goes_on_bit_for_bit(tmp_path: Path, amplitude: bool) -> None:
-    whole = grower(*fresh(), amplitude=amplitude)
+    options = {"amplitude": amplitude, "where": gg.Where(turns=amplitude)}
+    whole = grower(*fresh(), **options)
     trained(range(24), whole)
 
-    half = grower(*fresh(), amplitude=amplitude)
+    half = grower(*fresh(), **options)
     trained(range(12), half)
     gg.save(tmp_path / "model", half.model, journal=half.journal)
     torch.save(
@@ -183,7 +372,7 @@ def test_stopped_and_resumed_a_run_goes_on_bit_for_bit(tmp_path: Path, amplitude
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
     optimizer.load_state_dict(rest["optimizer"])
     gg.resume(optimizer)
-    again = grower(model, optimizer, amplitude=amplitude)
+    again = grower(model, optimizer, **options)
     again.resume(rest["grower"])
     trained(range(12, 24), again)
 

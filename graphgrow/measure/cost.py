@@ -1,14 +1,17 @@
-"""What a graph costs: parameters, and multiplications with additions for one example."""
+"""What a graph costs: parameters, multiplications with additions for one example, time."""
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping
 
+import torch
 from torch import nn
 
 from graphgrow.ir.analyse import Step
 from graphgrow.ir.graph import Graph
+from graphgrow.ir.lower import lower
 from graphgrow.ir.rules import Kind, aten
 
 Widths = Mapping[str, int]
@@ -46,3 +49,26 @@ def _flops(graph: Graph, step: Step, widths: Widths) -> int:
     slot, dim = next(iter(step.contracted), (0, 0))
     summed = sizes(step.inputs[slot])[dim] if step.contracted else 1
     return 2 * math.prod(sizes(step.outputs[0])) * summed
+
+
+def latency(graph: Graph, repeats: int = 20) -> float:
+    """Return the seconds that a forward pass of the example inputs takes in eval mode.
+
+    It is the shortest of `repeats` runs after a first one, which others on the machine disturb
+    least.
+    """
+    model, times = lower(graph).eval(), []
+    for _ in range(repeats + 1):
+        _wait(graph)
+        start = time.perf_counter()
+        with torch.no_grad():
+            model(*graph.example)
+        _wait(graph)
+        times.append(time.perf_counter() - start)
+    return min(times[1:])
+
+
+def _wait(graph: Graph) -> None:
+    """Wait until an accelerator that holds the graph has done its work."""
+    if any(tensor.is_cuda for tensor in graph.state.values()):
+        torch.cuda.synchronize()

@@ -550,7 +550,7 @@ class Follower:
         source = self._source(step, slot)
         if source is None or self.state[source.path].numel() != 1:
             return None
-        return self.state[source.path].detach().double().reshape(())
+        return self.state[source.path].detach().cpu().double().reshape(())
 
     def _norm(self, step: Step) -> Content:
         content = self.content(step.inputs[0])

@@ -62,9 +62,9 @@ class Resized:
         return order[(units < 0).sum() :].reshape(len(self.units), -1)
 
     def slices(self, tensor: Tensor, path: str, dim: int) -> Tensor:
-        """Return a tensor's entries by unit: `(width, entries)`, those of one dim."""
+        """Return a tensor's entries by unit on the CPU: `(width, entries)`, those of one dim."""
         places = self.at(path, dim)
-        picked = tensor.detach().index_select(dim, torch.from_numpy(places.reshape(-1)))
+        picked = tensor.detach().cpu().index_select(dim, torch.from_numpy(places.reshape(-1)))
         return picked.movedim(dim, 0).reshape(len(self.units), -1)
 
 

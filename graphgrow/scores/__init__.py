@@ -1,9 +1,22 @@
 """Where to grow and with which weights: one paper, one file."""
 
-from graphgrow.scores.amplitude import Amplified, amplify
+from graphgrow.scores.amplitude import Amplified, advance, amplify
 from graphgrow.scores.gradmax import GradMax
 from graphgrow.scores.proposal import Proposal
 from graphgrow.scores.random import Random
-from graphgrow.scores.tiny import Tiny, bottleneck
+from graphgrow.scores.tangent import Reach, output_bottleneck
+from graphgrow.scores.tiny import Tiny, best_step, bottleneck
 
-__all__ = ["Amplified", "GradMax", "Proposal", "Random", "Tiny", "amplify", "bottleneck"]
+__all__ = [
+    "Amplified",
+    "GradMax",
+    "Proposal",
+    "Random",
+    "Reach",
+    "Tiny",
+    "advance",
+    "amplify",
+    "best_step",
+    "bottleneck",
+    "output_bottleneck",
+]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +13,11 @@ from graphgrow.ir.graph import Graph
 from graphgrow.ir.lower import lower
 from graphgrow.moments import Loss
 from graphgrow.passes.rewrite import Grown
-from graphgrow.passes.units import Resized, inserted
+from graphgrow.passes.units import Resized, gather, inserted
 from graphgrow.passes.weights import Given
 from graphgrow.scores.proposal import Proposal
 
+Batches = Sequence[tuple[Any, Any]]
 AMPLITUDES = tuple(2.0**k for k in range(-14, 5))
 
 
@@ -32,7 +33,7 @@ class Amplified:
 def amplify(
     grown: Grown,
     proposal: Proposal,
-    batches: Sequence[tuple[Any, Any]],
+    batches: Batches,
     loss: Loss,
     amplitudes: Iterable[float] = AMPLITUDES,
 ) -> Amplified:
@@ -40,8 +41,10 @@ def amplify(
 
     γ is that of `amplitudes` with the smallest mean loss on `batches`, in eval mode, each tried
     with both signs of the outgoing weights (a negative γ: the paper's activations are linear, ReLU
-    is not); 0, and nothing is written, where none is smaller than before. The numbers are written
-    into the tensors of `grown.graph`, so that an optimizer that holds them goes on.
+    is not); 0, and nothing is written, where none is smaller than before. Where the proposal has an
+    update of present weights, |γ| times that is added. The numbers are written into the tensors of
+    `grown.graph`, so that an optimizer that holds them goes on; biases that the graph before growth
+    shares change there too.
 
     Raises:
         ValueError: where the proposal has no target.
@@ -49,22 +52,111 @@ def amplify(
     Source: Verbockhaven et al. 2024, section 3.2 and appendix D.3.
     """
     if proposal.target is None:
-        raise ValueError(f"cannot amplify {proposal.rewrite.axis}: the proposal has no target")
-    before, graph = mean_loss(grown.graph, batches, loss), grown.graph
-    kept = {path: graph.state[path].detach().clone() for path in grown.origin}
+        raise ValueError(f"cannot amplify {proposal.place}: the proposal has no target")
+    kept = _kept(grown.graph, [*grown.origin, *proposal.update])
+
+    def put(gamma: float) -> None:
+        _put(grown.graph, kept)
+        if gamma:
+            go(grown, proposal, gamma)
+
+    signed = [gamma for size in amplitudes for gamma in (size, -size)]
+    return _searched(grown.graph, put, batches, loss, signed)
+
+
+def settle(
+    grown: Grown, proposal: Proposal, size: float, batches: Batches, loss: Loss
+) -> Amplified:
+    """Give new units their target weights, each side scaled, and return what that changed.
+
+    Over the new units the mean square of the norms of incoming weights is `size`, and so is that of
+    outgoing ones. No update of present weights is added.
+
+    Raises:
+        ValueError: where the proposal has no target.
+
+    Source: Verbockhaven et al. 2024, appendix D.3.1.
+    """
+    if proposal.target is None:
+        raise ValueError(f"cannot settle {proposal.place}: the proposal has no target")
+    before = mean_loss(grown.graph, batches, loss)
+    target = proposal.target
+    write(grown, Given.of(_sized(target.incoming, size), _sized(target.outgoing, size)))
+    return Amplified(size, before, mean_loss(grown.graph, batches, loss))
+
+
+def _sized(weights: tuple[tuple[str, Any], ...], size: float) -> dict[str, Tensor]:
+    """Return entries by path, scaled to a mean squared norm of units."""
+    found = {path: torch.tensor(w, dtype=torch.double) for path, w in weights}
+    mean = torch.cat(list(found.values()), 1).square().sum(1).mean()
+    return {path: w * (size / mean) ** 0.5 for path, w in found.items()}
+
+
+def advance(
+    graph: Graph,
+    update: Mapping[str, Tensor],
+    batches: Batches,
+    loss: Loss,
+    amplitudes: Iterable[float] = AMPLITUDES,
+) -> Amplified:
+    """Add γ times an update to tensors of a graph, and return what that changed.
+
+    `update` has changes by path, as `best_step` returns them; γ is that of `amplitudes` with the
+    smallest mean loss on `batches`, in eval mode, or 0 where none is smaller than before.
+
+    Source: Verbockhaven et al. 2024, appendix D.3.2.
+    """
+    kept = _kept(graph, update)
+
+    def put(gamma: float) -> None:
+        _put(graph, kept)
+        _add(graph, update, gamma)
+
+    return _searched(graph, put, batches, loss, amplitudes)
+
+
+def _searched(
+    graph: Graph,
+    put: Callable[[float], None],
+    batches: Batches,
+    loss: Loss,
+    amplitudes: Iterable[float],
+) -> Amplified:
+    """Return the amplitude with the smallest loss, its numbers put into the graph's tensors."""
+    before = mean_loss(graph, batches, loss)
     best = Amplified(0.0, before, before)
-    for size in amplitudes:
-        for gamma in (size, -size):
-            write(grown, amplified(proposal, gamma))
-            found = mean_loss(graph, batches, loss)
-            if found < best.after:
-                best = Amplified(gamma, before, found)
-    with torch.no_grad():
-        for path, tensor in kept.items():
-            graph.state[path].copy_(tensor)
-    if best.amplitude:
-        write(grown, amplified(proposal, best.amplitude))
+    for gamma in amplitudes:
+        put(gamma)
+        found = mean_loss(graph, batches, loss)
+        if found < best.after:
+            best = Amplified(gamma, before, found)
+    put(best.amplitude)
     return best
+
+
+def _kept(graph: Graph, paths: Iterable[str]) -> dict[str, Tensor]:
+    return {path: graph.state[path].detach().clone() for path in paths}
+
+
+def _put(graph: Graph, numbers: Mapping[str, Tensor]) -> None:
+    for path, tensor in numbers.items():
+        graph.state[path].detach().copy_(tensor)
+
+
+def _add(graph: Graph, update: Mapping[str, Tensor], gamma: float) -> None:
+    for path, change in update.items():
+        tensor = graph.state[path].detach()
+        tensor.add_(change.to(tensor), alpha=gamma)
+
+
+def go(grown: Grown, proposal: Proposal, gamma: float) -> None:
+    """Write a proposal's target at amplitude γ and add |γ| times its update of present weights."""
+    write(grown, amplified(proposal, gamma))
+    wider = {
+        path: gather(change, grown.origin[path]) if path in grown.origin else change
+        for path, change in proposal.update.items()
+    }
+    _add(grown.graph, wider, abs(gamma))
 
 
 def amplified(proposal: Proposal, gamma: float) -> Given:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from graphgrow.measure.cost import flops, parameters
 from graphgrow.measure.patches import tap
 from graphgrow.measure.routes import products
 from graphgrow.moments import Moments
+from graphgrow.passes.deepen import Deepen
 from graphgrow.passes.follow import Follower
 from graphgrow.passes.prove import old_entries
 from graphgrow.passes.units import Resized, inserted
@@ -23,25 +24,36 @@ from graphgrow.passes.widen import Widen
 from graphgrow.scores.slopes import slopes
 
 Weights = Mapping[str, Tensor]
-"""Entries of new units by parameter path, `(units, entries)`, as `Given` takes them."""
+"""Numbers by parameter path: of new units `(units, entries)`, as `Given` takes them, or whole."""
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """A rewrite that a score found, its predicted gain and its cost.
+    """A rewrite that a score found, new units or a new layer, its predicted gain and its cost.
 
     `rewrite` keeps the function. `gain` is a decrease of the loss to first order, for one unit of
     what `unit` says. `parameters` and `flops` (per example, forward) are what it adds. `target` is
-    what the new units' weights would be beyond that, if the method says so: a separate step (see
-    `amplify`) goes there.
+    what the new units' weights would be beyond that, if the method says so, and `update` what is
+    added to present weights then, by path: a separate step (see `amplify`) goes there.
     """
 
-    rewrite: Widen
+    rewrite: Widen | Deepen
     gain: float
     unit: str
     parameters: int
     flops: int
     target: Given | None = None
+    update: Weights = field(default_factory=dict, compare=False)
+
+    @property
+    def place(self) -> str:
+        """The axis that gets new units, or the module at which a layer is inserted."""
+        return self.rewrite.axis if isinstance(self.rewrite, Widen) else self.rewrite.at
+
+    @property
+    def units(self) -> int:
+        """How many units it adds to an axis that is there: none where it inserts a layer."""
+        return self.rewrite.units if isinstance(self.rewrite, Widen) else 0
 
 
 def untied(graph: Graph, moments: Mapping[str, Moments]) -> list[Moments]:
@@ -118,7 +130,7 @@ class Site:
         """Return the entries that a scheme gives to new units in some tensors."""
         tensors, new = scheme.fill(self.change, self.graph.state), torch.from_numpy(self.change.new)
         return {
-            at.path: self.change.slices(tensors[at.path], at.path, at.dim)[new].double().cpu()
+            at.path: self.change.slices(tensors[at.path], at.path, at.dim)[new].double()
             for at in paths
         }
 
@@ -159,28 +171,33 @@ class Site:
         tensors = Given.of({**zero, **carried}).fill(self.change, self.graph.state)
         return Follower(self.change, {**self.graph.state, **tensors}).run()
 
-    def cross(self, follower: Follower, ahead: float = 0.0) -> Tensor:
-        """Return the cross moment times the slopes at what new units hold: `(parts, in, out)`.
+    def sloped(self, found: Tensor, follower: Follower, ahead: float = 0.0) -> Tensor:
+        """Return `(parts, in, out)` times the slopes at what new units hold.
 
         Activations with a kink count by the side of `ahead`.
         """
         rows = {p.path: p.rows for p in self.moments.producers}
         columns = {c.path: c.columns for c in self.moments.consumers}
-        scaled = torch.zeros_like(self.moments.cross)
+        scaled = torch.zeros_like(found)
         for (producer, consumer), slope in slopes(self.moments.route, follower, ahead).items():
             at = (slice(None), rows[producer], columns[consumer])
-            scaled[at] = slope * self.moments.cross[at]
+            scaled[at] = slope * found[at]
         return scaled
 
     def proposal(
-        self, weights: Given, gain: float, unit: str, target: Given | None = None
+        self,
+        weights: Given,
+        gain: float,
+        unit: str,
+        target: Given | None = None,
+        update: Weights | None = None,
     ) -> Proposal:
         """Return the proposal of these weights with their cost."""
         widths = self.change.widths()
         more = parameters(self.graph, widths) - parameters(self.graph)
         work = flops(self.graph, widths) - flops(self.graph)
         rewrite = Widen(self.moments.axis, len(self.change.new), weights=weights)
-        return Proposal(rewrite, gain, unit, more, work, target)
+        return Proposal(rewrite, gain, unit, more, work, target, update or {})
 
 
 def _neutral(graph: Graph, step: Step) -> dict[str, float]:

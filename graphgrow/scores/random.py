@@ -10,13 +10,13 @@ import torch
 
 from graphgrow.ir.graph import Graph
 from graphgrow.moments import Moments
-from graphgrow.passes.weights import Given, ZeroOutgoing
+from graphgrow.passes.weights import Given, ZeroIncoming, ZeroOutgoing
 from graphgrow.scores.proposal import Proposal, Site, untied
 
 
 @dataclass(frozen=True)
 class Random:
-    """Incoming weights drawn with the size of present ones, outgoing ones zero.
+    """Incoming weights drawn with the size of present ones, outgoing ones zero; both in the target.
 
     The gain is the squared norm of the gradient of the new outgoing weights: the decrease of the
     loss to first order for one unit of learning rate, activations taken for linear.
@@ -40,7 +40,9 @@ class Random:
             rows = slice(producer.rows.start, producer.rows.start + producer.entries)
             mine = incoming[producer.path][:, site.old(producer.path)]
             alpha[:, :, rows] = mine.reshape(self.units, moments.parts, -1)
-        cross = site.cross(site.follow(carried), ahead=1e-9)
+        cross = site.sloped(moments.cross, site.follow(carried), ahead=1e-9)
         gain = float(torch.einsum("kge,geo->kgo", alpha.to(cross), cross).square().sum())
         weights = Given.of({**carried, **incoming}, seed=self.seed)
-        return site.proposal(weights, gain, "learning rate")
+        consumers = graph.axes[moments.axis].consumers
+        outgoing = site.drawn(ZeroIncoming(seed=self.seed), consumers)
+        return site.proposal(weights, gain, "learning rate", Given.of(incoming, outgoing))

@@ -122,6 +122,6 @@ class _Slopes:
             return torch.zeros((), dtype=torch.double)
         tensor, dims = self.follower.state[source.path], resized.dims(source.path)
         if not dims:
-            return tensor.detach().double().flatten()[0]
+            return tensor.detach().cpu().double().flatten()[0]
         entries = self.follower.slices(ParameterDim(source.path, dims[0]))
         return entries[int(resized.new[0])][0].double()
