@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -23,7 +23,7 @@ from graphgrow.moments import Loss, Moments, moments, obstacle
 from graphgrow.optim.migrate import migrate
 from graphgrow.passes.apply import apply
 from graphgrow.passes.journal import rewrite_from_json, rewrites_to_json
-from graphgrow.passes.rewrite import Rewrite
+from graphgrow.passes.rewrite import Grown, Rewrite
 from graphgrow.scores.amplitude import amplify, mean_loss
 from graphgrow.scores.proposal import Proposal
 
@@ -42,6 +42,17 @@ class Score(Protocol):
 
     def proposals(self, graph: Graph, moments: Mapping[str, Moments]) -> list[Proposal]:
         """Return the proposals for axes by their moments."""
+        ...
+
+
+@runtime_checkable
+class Search(Protocol):
+    """What proposes units and layers from the batches themselves."""
+
+    def propose(
+        self, graph: Graph, batches: Batches, loss: Loss, axes: Iterable[str] | None = None
+    ) -> list[Proposal]:
+        """Return the proposals for places, axes only those named."""
         ...
 
 
@@ -119,7 +130,8 @@ class Where:
     Of `axes` (all that can be measured if left out) the best `places` are taken: those with the
     largest gain per `per` ("parameters", "flops" or "units"), or with None the largest gain.
     A proposal has to gain more than `least` in these terms. `most` limits the width of axes by
-    name, as protocols with a final architecture do.
+    name, as protocols with a final architecture do. Layers, where a score proposes them, may go
+    anywhere.
     """
 
     axes: tuple[str, ...] | None = None
@@ -135,8 +147,7 @@ class Where:
             p
             for p in proposals
             if self._worth(p) > self.least
-            and graph.axes[p.rewrite.axis].width + p.rewrite.units
-            <= most.get(p.rewrite.axis, math.inf)
+            and (p.place not in most or graph.axes[p.place].width + p.units <= most[p.place])
         ]
         return sorted(fits, key=self._worth, reverse=True)
 
@@ -145,8 +156,7 @@ class Where:
 
 
 def _cost(proposal: Proposal) -> dict[str, int]:
-    units = proposal.rewrite.units
-    return {"units": units, "parameters": proposal.parameters, "flops": proposal.flops}
+    return {"units": proposal.units, "parameters": proposal.parameters, "flops": proposal.flops}
 
 
 class Grower:
@@ -167,7 +177,7 @@ class Grower:
         *,
         loss: Loss,
         optimizer: Optimizer,
-        score: Score,
+        score: Score | Search,
         when: When = Every(1),
         where: Where = Where(),
         budget: Budget = Budget(),
@@ -205,8 +215,7 @@ class Grower:
         if not self.when.due(self.clock):
             return None
         start = time.perf_counter()
-        found = moments(self.graph, batches, self.loss, self._axes(), project=self.score.project)
-        ranked = self.where.ranked(self.graph, self.score.proposals(self.graph, found))
+        ranked = self.where.ranked(self.graph, self._proposals(batches))
         taken: list[Event] = []
         for proposal in ranked:
             fits = len(taken) < self.where.places and self.budget.allows(self._spent, proposal)
@@ -230,6 +239,13 @@ class Grower:
         self.record.append(event)
         return event
 
+    def _proposals(self, batches: Batches) -> list[Proposal]:
+        score = self.score
+        if isinstance(score, Search):
+            return score.propose(self.graph, batches, self.loss, self.where.axes)
+        found = moments(self.graph, batches, self.loss, self._axes(), project=score.project)
+        return score.proposals(self.graph, found)
+
     def _axes(self) -> list[str]:
         names = self.where.axes or tuple(self.graph.axes)
         free = [self.graph.axis(name) for name in names]
@@ -252,13 +268,14 @@ class Grower:
         except NotApplicable:  # another growth of this step changed the shape of its weights
             return None
         before, after = (mean_loss(g, batches[:1], self.loss) for g in (self.graph, grown.graph))
-        _check(before, after, proposal, self.graph)
+        _check(before, after, proposal, grown)
         migrate(self.optimizer, grown)
         self.graph, self.model = grown.graph, _lowered(grown.graph, self.model)
         for name, cost in _cost(proposal).items():
             self._spent[name] += cost
         event = {
-            "axis": proposal.rewrite.axis,
+            "rewrite": type(proposal.rewrite).__name__,
+            "axis": proposal.place,
             **_cost(proposal),
             "gain": proposal.gain,
             "unit": proposal.unit,
@@ -297,13 +314,14 @@ def _lowered(graph: Graph, model: nn.Module) -> nn.Module:
         return lower(graph).train(model.training)
 
 
-def _check(before: float, after: float, proposal: Proposal, graph: Graph) -> None:
+def _check(before: float, after: float, proposal: Proposal, grown: Grown) -> None:
     """Raise where growth changed the loss by more than rounding may."""
-    dtypes = [t.dtype for t in graph.state.values() if t.is_floating_point()]
+    dtypes = [t.dtype for t in grown.graph.state.values() if t.is_floating_point()]
     eps = max((torch.finfo(dtype).eps for dtype in dtypes), default=0.0)
-    if not abs(after - before) <= max(1e-10, 100 * eps) * max(abs(before), 1.0):
-        axis, units = proposal.rewrite.axis, proposal.rewrite.units
+    bound = max(1e-10, 100 * eps, grown.proof.rounding)
+    if not abs(after - before) <= bound * max(abs(before), 1.0):
+        what = f"{proposal.units} units in" if proposal.units else "a layer at"
         raise NotEquivalent(
-            f"not equivalent after {units} units in '{axis}': the loss went from {before:.6g} to "
+            f"not equivalent after {what} '{proposal.place}': the loss went from {before:.6g} to "
             f"{after:.6g} on the first batch"
         )

@@ -20,7 +20,10 @@ class Rational(nn.Module):
     """
 
     def __init__(
-        self, *shape: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+        self,
+        *shape: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         place: dict[str, Any] = {"device": device, "dtype": dtype}

@@ -49,7 +49,7 @@ def amplify(
     Source: Verbockhaven et al. 2024, section 3.2 and appendix D.3.
     """
     if proposal.target is None:
-        raise ValueError(f"cannot amplify {proposal.rewrite.axis}: the proposal has no target")
+        raise ValueError(f"cannot amplify {proposal.place}: the proposal has no target")
     before, graph = mean_loss(grown.graph, batches, loss), grown.graph
     kept = {path: graph.state[path].detach().clone() for path in grown.origin}
     best = Amplified(0.0, before, before)

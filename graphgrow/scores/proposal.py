@@ -13,6 +13,7 @@ from graphgrow.ir.graph import Graph
 from graphgrow.ir.rules import Kind
 from graphgrow.measure.cost import flops, parameters
 from graphgrow.moments import Moments
+from graphgrow.passes.deepen import Deepen
 from graphgrow.passes.follow import Follower
 from graphgrow.passes.prove import old_entries
 from graphgrow.passes.units import Resized, inserted
@@ -26,7 +27,7 @@ Weights = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Proposal:
-    """A rewrite that a score found, its predicted gain and its cost.
+    """A rewrite that a score found, new units or a new layer, its predicted gain and its cost.
 
     `rewrite` keeps the function. `gain` is a decrease of the loss to first order, for one unit of
     what `unit` says. `parameters` and `flops` (per example, forward) are what it adds. `target` is
@@ -34,12 +35,22 @@ class Proposal:
     `amplify`) goes there.
     """
 
-    rewrite: Widen
+    rewrite: Widen | Deepen
     gain: float
     unit: str
     parameters: int
     flops: int
     target: Given | None = None
+
+    @property
+    def place(self) -> str:
+        """The axis that gets new units, or the module at which a layer is inserted."""
+        return self.rewrite.axis if isinstance(self.rewrite, Widen) else self.rewrite.at
+
+    @property
+    def units(self) -> int:
+        """How many units it adds to an axis that is there: none where it inserts a layer."""
+        return self.rewrite.units if isinstance(self.rewrite, Widen) else 0
 
 
 def untied(graph: Graph, moments: Mapping[str, Moments]) -> list[Moments]:
