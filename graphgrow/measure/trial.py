@@ -51,6 +51,16 @@ class Trial:
         self.change = Resized(graph.analysis, found.name, inserted(found.width, units, None))
         self.state = {path: tensor.detach() for path, tensor in wide.state.items()}
         self.examples, self.units = len(given[0]), units
+        self.read = {
+            use.weight: self._places(use.weight, 1 if use.window else 1 - use.out)
+            for use in self.uses
+        }
+        self.written = {
+            at.path: (at.dim, self._places(at.path, at.dim))
+            for at in (*found.carriers, *found.producers)
+        }
+        tied = graph.analysis.tied
+        self.paths = {path: [p for p in tied if tied[p] == path] for path in self.written}
         self.tree = assemble(wide.modules, wide.leaves, apart(wide.state)).eval()
         self.run = fx.Interpreter(self.tree, garbage_collect_values=False, graph=wide.eval)
         self.run.extra_traceback = False
@@ -75,7 +85,7 @@ class Trial:
         """
         for path, entries in weights.items():
             tensor = self._written(path, entries)
-            for same in (p for p, first in self.change.analysis.tied.items() if first == path):
+            for same in self.paths[path]:
                 owner, _, name = same.rpartition(".")
                 place(self.tree.get_submodule(owner), name, tensor)
         expected: dict[str, list[Product]] = {}
@@ -101,24 +111,25 @@ class Trial:
 
     def _written(self, path: str, entries: Tensor) -> Tensor:
         """Return a tensor of the wider graph with these entries of the new units."""
-        axis = self.change.analysis.axes[self.change.axis]
-        dim = next(at.dim for at in (*axis.producers, *axis.carriers) if at.path == path)
+        dim, places = self.written[path]
         tensor = self.state[path].movedim(dim, 0)
-        places = torch.from_numpy(self.change.at(path, dim)[self.change.new].reshape(-1))
         values = entries.to(tensor).reshape(len(places), *tensor.shape[1:])
-        return tensor.index_copy(0, places.to(tensor.device), values).movedim(0, dim)
+        return tensor.index_copy(0, places, values).movedim(0, dim)
 
     def _new(self, use: Product, x: Tensor) -> Tensor:
         """Return the new units of what a use reads, its patches by unit."""
-        dim = 1 if use.window else 1 - use.out
-        at = self.change.at(use.weight, dim)[self.change.new]
-        places = torch.from_numpy(at.reshape(-1)).to(x.device)
+        places = self.read[use.weight]
         if use.window is None:
             x = x.flatten(0, -2).index_select(-1, places)
         else:
             x = x.unflatten(1, (use.window.groups, -1)).index_select(2, places).flatten(1, 2)
         kernel = tuple(self.state[use.weight].shape[2:])
         return by_candidate(use, x, kernel, self.examples, self.units)
+
+    def _places(self, path: str, dim: int) -> Tensor:
+        """Return where a tensor has the new units in one dim."""
+        places = self.change.at(path, dim)[self.change.new].reshape(-1)
+        return torch.from_numpy(places).to(self.state[path].device)
 
 
 def by_candidate(

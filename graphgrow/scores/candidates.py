@@ -84,27 +84,31 @@ class NewUnits:
         """How many numbers one candidate has."""
         return self.count * sum(e.count for e in self.entries)
 
-    def weights(self, found: Tensor) -> dict[str, Tensor]:
-        """Return the entries of new units by path, of candidates `(k, size)`: `(k units, ...)`."""
-        found, weights = found.reshape(len(found) * self.count, -1), {}
-        change, start = _change(self.graph, self.axis, len(found)), 0
-        for e in self.entries:
-            old = old_entries(change, e.at)
-            values = found.new_full((len(found), len(old)), e.rest)
-            if e.count:
-                where = old.nonzero().flatten().to(found.device)
-                mine = found[:, start : start + e.count] * e.scale
-                values = values.index_copy(1, where, mine)
-            weights[e.at.path] = values
-            start += e.count
-        return weights
+    def weights(self, candidates: int) -> Callable[[Tensor], dict[str, Tensor]]:
+        """Return what gives the entries of new units by path, of candidates `(k, size)`."""
+        change = _change(self.graph, self.axis, candidates * self.count)
+        old = {e.at.path: old_entries(change, e.at) for e in self.entries}
+
+        def entries(found: Tensor) -> dict[str, Tensor]:
+            units, weights = found.reshape(candidates * self.count, -1), {}
+            parts = units.split([e.count for e in self.entries], 1)
+            for e, part in zip(self.entries, parts, strict=True):
+                mask = old[e.at.path].to(found.device)
+                values = units.new_full((len(units), len(mask)), 0.0 if e.count else e.rest)
+                if e.count:
+                    values = values.masked_scatter(mask, part * e.scale)
+                weights[e.at.path] = values
+            return weights
+
+        return entries
 
     def tried(self, inputs: Any, seen: Sample, candidates: int) -> Callable[[Tensor], Activations]:
         """Return what gives the activations of candidates on a batch."""
         trial = Trial(self.graph, self.axis, candidates * self.count, inputs)
+        weights = self.weights(candidates)
 
         def activations(found: Tensor) -> Activations:
-            given = trial.activations(self.weights(found))
+            given = trial.activations(weights(found))
             return {
                 use: a.unflatten(1, (candidates, self.count)).flatten(2, 3)
                 for use, a in given.items()
@@ -122,7 +126,7 @@ class NewUnits:
 
     def rewrite(self, found: Tensor) -> Widen:
         """Return the widening by one candidate, `(size,)`."""
-        incoming = self.weights(found[None].detach().double().cpu())
+        incoming = self.weights(1)(found[None].detach().double().cpu())
         return Widen(self.axis, self.count, weights=Given.of(incoming))
 
 

@@ -65,8 +65,9 @@ class Senn:
     new units are tried at once in the widened graph, so any axis will do whose new units linear or
     convolution layers read. With `layers`, candidates for a layer are tried too before each linear
     or convolution layer that reads at most `widest` units: an invertible matrix, then a rational
-    activation. `search` raises the lower bound Δη′ on the first batch; what it chooses is judged by
-    the exact Δη on the last.
+    activation. `search` raises Δη on the first batch, and what it chooses is judged by Δη on the
+    last. Without `exact` it raises the paper's lower bound Δη′, whose cost does not depend on how
+    much a layer reads; once a layer is well trained the bound is far below Δη.
 
     A place is proposed only where η becomes more than `tau` times as large and grows by more than
     `alpha` times λ, the mean squared gradient at the outputs. A layer counts as `layer_size` units,
@@ -76,13 +77,14 @@ class Senn:
     New units keep the activation that stands there; a rational one has parameters of its own, drawn
     and searched with the weights. A layer is searched with its activation free, as the paper has
     it, and inserted with the identity. Departures: the exact Δη judges, α is in units of λ, and
-    incoming weights start with a variance of one over their number, biases with one.
+    incoming weights are drawn with a variance of one over their number, biases with one.
     """
 
     units: int = 1
     layers: bool = False
     candidates: int = 64
     search: Ascent | Mala = DEFAULT
+    exact: bool = True
     tau: float = 2.0
     alpha: float = 0.0025
     layer_size: float = 2.0
@@ -134,14 +136,15 @@ class Senn:
         start = start.to(next(iter(first.residual.values())).device)
 
         def score(found: Tensor) -> Tensor:
-            return first.bound(tried(found)) / first.score * place.steady(found)
+            worth = first.increase if self.exact else first.bound
+            return worth(tried(found)) / first.score * place.steady(found)
 
         found = self.search.run(score, start, generator)
         with torch.no_grad():
             values = score(found)
             chosen = found[self.search.choose(values, generator)][None]
             activations = place.tried(batches[-1][0], seen[-1], 1)(place.settled(chosen))
-            increase, bound = last.increase(activations), float(last.bound(activations))
+            increase, bound = float(last.increase(activations)), float(last.bound(activations))
         rewrite = place.rewrite(chosen[0])
         return Finding(rewrite, last.score, increase, bound, seen[-1].limit, place.counts)
 
@@ -189,17 +192,18 @@ class _Judge:
         found = [self.blocks[path].bound(own, cross) for path, own, cross in self._by(activations)]
         return torch.stack(found).sum(0)
 
-    def increase(self, activations: Activations) -> float:
-        """Return Δη of one candidate."""
-        total = 0.0
+    def increase(self, activations: Activations) -> Tensor:
+        """Return Δη of each candidate, `(candidates,)`."""
+        found = []
         for path, own, cross in self._by(activations):
-            block, among = self.blocks[path], 0.0
+            among = []
             for use in self.seen.readers[path].reads:
                 for present, piece in self.seen.pieces(use, activations[use].movedim(3, 0)):
                     a = piece.movedim(0, 3).flatten(3)
-                    among = among + (a @ present.flatten(2)[:, None].mT).double()
-            total += float(block.increase(own, cross, among / self.seen.examples))
-        return total
+                    among.append((a @ present.flatten(2)[:, None].mT).double())
+            total = torch.stack(among).sum(0) / self.seen.examples
+            found.append(self.blocks[path].increase(own, cross, total))
+        return torch.stack(found).sum(0)
 
     def _by(self, activations: Activations) -> Iterable[tuple[str, Tensor, Tensor]]:
         """Yield each weight with the candidates' covariance and moment with what is left there."""
