@@ -16,9 +16,13 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 SHORT = {
     "digits.py": ["--steps", "100", "--seeds", "1"],
     "nonparametric_tasks.py": "poker --hands 4000 --ticks 4 --penalty 1e-3".split(),
+    "senn_regression.py": "--steps 60".split(),
+    "senn_mnist.py": (
+        "--epochs 2 --images 3000 --subsets 200 --subset-epochs 1 --candidates 4 --moves 2 --most 1"
+    ).split(),
     "nonparametric_mnist.py": "--grow 3 --settle 1 --scratch 1 --images 5000".split(),
 }
-NEEDS_DATA = {"nonparametric_mnist.py"}
+NEEDS_DATA = {"nonparametric_mnist.py", "senn_mnist.py"}
 SCRIPTS = sorted(p.name for p in EXAMPLES.glob("*.py") if "assert " in p.read_text())
 
 
