@@ -33,9 +33,9 @@ class Reader:
     For each of g groups, with `b` entries read for a position (a last one of ones where there is a
     bias) and `o` outputs, means over examples of sums over positions: `inputs` `(g, b, b)` is the
     covariance of what is read (A), `cross` `(g, b, o)` its moment with the gradient, which is the
-    gradient of the weight. `metric` `(g, o, o)` is the mean over examples and positions of
-    the sum over outputs y of ∂y/∂z (∂y/∂z)ᵀ, z what the layer writes (S). By use, `reads` are the
-    tensors read, as they come, and `gradients` are `(g, o, n, *positions)`.
+    gradient of the weight. `metric` `(g, o, o)` is the mean over examples and positions of the sum
+    over outputs y of ∂y/∂z (∂y/∂z)ᵀ, z what the layer writes (S). By use, `reads` are the tensors
+    read, as they come, and `gradients` are `(g, o, n, *positions)`.
     """
 
     path: str
@@ -77,21 +77,21 @@ class Sample:
                 yield [patches(part, use.window, kernel, bias), *rest]
 
 
-def uses_of(graph: Graph, weights: Collection[str], mode: str = "eval") -> list[Product]:
-    """Return the uses of some weights in one mode."""
-    return [p for p in products(graph.analysis, mode).values() if p.weight in weights]
+def uses_of(graph: Graph, weights: Collection[str]) -> list[Product]:
+    """Return the uses of some weights in eval mode."""
+    return [p for p in products(graph.analysis, "eval").values() if p.weight in weights]
 
 
-def reading(graph: Graph, axis: str, mode: str = "eval") -> list[Product]:
-    """Return the uses of weights that read an axis, in the order of the steps.
+def reading(graph: Graph, axis: str) -> list[Product]:
+    """Return the uses of weights that read an axis in eval mode, in the order of the steps.
 
     Raises:
         NotApplicable: where something else than a linear or convolution layer reads it.
     """
-    known = products(graph.analysis, mode)
+    known = products(graph.analysis, "eval")
     found: list[Product] = []
     for index, step in enumerate(graph.analysis.steps):
-        if step.mode == mode and any(axis in over for over in step.contracted.values()):
+        if step.mode == "eval" and any(axis in over for over in step.contracted.values()):
             product = known.get(index)
             if product is None or product.embeds:
                 raise NotApplicable(
@@ -109,11 +109,9 @@ def sample(
     batch: tuple[Any, Any],
     loss: Loss,
     uses: Collection[Product],
-    *,
-    mode: str = "eval",
     probes: int = PROBES,
 ) -> Sample:
-    """Return what uses of weights read of one batch, with the gradients of its examples' losses.
+    """Return what uses of weights read of one batch in eval mode, with gradients of its losses.
 
     `batch` is `(inputs, target)` and `loss` a mean over the batch, as in `moments`. Outputs that
     the loss does not depend on do not count. Where an example has more than `probes` outputs,
@@ -123,7 +121,7 @@ def sample(
     inputs, target = batch
     given = inputs if isinstance(inputs, tuple) else (inputs,)
     uses = list(dict.fromkeys(uses))
-    run = _Sampling(Capture(graph, mode, uses), given, uses)
+    run = _Sampling(Capture(graph, "eval", uses), given, uses)
     value = run.gradients(target, loss)
     run.metrics(target, probes)
     readers = {path: run.reader(path) for path in dict.fromkeys(use.weight for use in uses)}

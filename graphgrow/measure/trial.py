@@ -41,16 +41,13 @@ class Trial:
             are read by something else than a plain weight.
     """
 
-    def __init__(
-        self, graph: Graph, axis: str, units: int, inputs: Any, mode: str = "eval"
-    ) -> None:
+    def __init__(self, graph: Graph, axis: str, units: int, inputs: Any) -> None:
         given = inputs if isinstance(inputs, tuple) else (inputs,)
         found = graph.axis(axis)
-        self.uses = reading(graph, found.name)
+        self.uses, self.examples, self.units = reading(graph, found.name), len(given[0]), units
         wide = apply(graph, Widen(found.name, units, weights=ZeroOutgoing()), verify=False).graph
         self.change = Resized(graph.analysis, found.name, inserted(found.width, units, None))
         self.state = {path: tensor.detach() for path, tensor in wide.state.items()}
-        self.examples, self.units = len(given[0]), units
         self.read = {
             use.weight: self._places(use.weight, 1 if use.window else 1 - use.out)
             for use in self.uses
@@ -66,16 +63,19 @@ class Trial:
         self.run.extra_traceback = False
         with torch.no_grad():
             self.run.run(*tree_map(lambda v: v.detach() if isinstance(v, Tensor) else v, given))
-        held = graph.analysis.holding[found.name]
-        readers = {use.step.node for use in self.uses}
-        carries = {
-            node.name
-            for node in wide.eval.nodes
-            if held & _numbers(graph.analysis.nodes.get(("eval", node.name)))
-        }
-        order = [n for n in wide.eval.nodes if n.name in carries or n.name in readers]
+        self.nodes = self._carrying(wide.eval)
+
+    def _carrying(self, structure: fx.Graph) -> list[fx.Node]:
+        """Return the nodes that carry the axis, up to the last that reads it."""
+        analysis, readers = self.change.analysis, {use.step.node for use in self.uses}
+        held = analysis.holding[self.change.axis]
+
+        def carries(node: fx.Node) -> bool:
+            return bool(held & _numbers(analysis.nodes.get(("eval", node.name))))
+
+        order = [n for n in structure.nodes if n.name in readers or carries(n)]
         last = max(k for k, n in enumerate(order) if n.name in readers)
-        self.nodes = [n for n in order[: last + 1] if n.op not in ("placeholder", "output")]
+        return [n for n in order[: last + 1] if n.op not in ("placeholder", "output")]
 
     def activations(self, weights: Mapping[str, Tensor]) -> dict[Product, Tensor]:
         """Return what new units give to each use: `(g, units, entries, n, *positions)`.
