@@ -14,7 +14,9 @@ directory with MNIST's four files.
 
 The paper is Mitchell, Mundt and Kersting (2023), Self-Expanding Neural Networks, section 4.3. It
 has 10,000 candidates, looks every 10 epochs, takes conjugate gradients at a learning rate of 0.1,
-and judges on 1024 images with a larger α. Accuracies here are on the 10,000 test images.
+and judges on 1024 images with a larger α. Accuracies here are on the 10,000 test images. Measured:
+`--epochs 6 --most 5 --subsets` takes 40 s on one core and ends at 20 units and 93.3 %, after 348
+steps; the paper's numbers have not been reached in so few.
 """
 
 import argparse
