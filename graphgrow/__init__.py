@@ -14,6 +14,7 @@ from graphgrow.optim.adarad import AdaRad, AdaRadM
 from graphgrow.optim.clocks import resume
 from graphgrow.optim.fans import Fans, fan_ins, fan_outs
 from graphgrow.optim.migrate import migrate
+from graphgrow.optim.natural import KroneckerGradient, NaturalGradient
 from graphgrow.optim.penalties import penalty, shrink
 from graphgrow.passes.apply import apply
 from graphgrow.passes.branch import Branch
@@ -55,7 +56,9 @@ __all__ = [
     "Grower",
     "Grown",
     "Identity",
+    "KroneckerGradient",
     "MeanFill",
+    "NaturalGradient",
     "NotApplicable",
     "NotEquivalent",
     "Pairs",

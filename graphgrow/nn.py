@@ -11,19 +11,25 @@ from torch import Tensor, nn
 class Rational(nn.Module):
     """The activation αx + (β + γx)/(1 + x²): the identity as it starts, at (1, 0, 0), then learned.
 
-    It has no poles and grows linearly. α, β and γ are one number each, whatever the input's shape.
+    It has no poles and grows linearly. α, β and γ have the given `shape`, which broadcasts to that
+    of the input: none for one number each, `(units,)` for units in the last dim, `(channels, 1, 1)`
+    for images.
 
-    Source: Mitchell, Mundt, Kersting, Self Expanding Neural Networks (2023), section 3.
+    Source: Mitchell, Mundt, Kersting, Self Expanding Neural Networks (2023), section 3.1, where
+    every unit has its own.
     """
 
     def __init__(
-        self, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+        self,
+        *shape: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         place: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.alpha = nn.Parameter(torch.ones((), **place))
-        self.beta = nn.Parameter(torch.zeros((), **place))
-        self.gamma = nn.Parameter(torch.zeros((), **place))
+        self.alpha = nn.Parameter(torch.ones(shape, **place))
+        self.beta = nn.Parameter(torch.zeros(shape, **place))
+        self.gamma = nn.Parameter(torch.zeros(shape, **place))
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the activation of every entry of `x`."""

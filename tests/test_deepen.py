@@ -695,6 +695,20 @@ def test_a_rational_compiles_and_exports() -> None:
     assert torch.allclose(exported(x), act(x)) and torch.allclose(compiled(x), act(x))
 
 
+def test_every_unit_of_a_factor_has_a_rational_of_its_own() -> None:
+    x = torch.randn(2, 3, 5, 5, dtype=torch.double)
+    graph = gg.trace(nn.Sequential(nn.Conv2d(3, 2, 3), nn.Flatten(), nn.Linear(18, 2)).double(), x)
+    grown = gg.apply(graph, gg.Deepen("0", gg.Factor()), gg.Deepen("2", gg.Factor()))
+    shapes = {path: tuple(t.shape) for path, t in grown.graph.state.items() if "alpha" in path}
+    assert shapes == {"0_act.alpha": (3, 1, 1), "2_act.alpha": (18,)}
+    wider = gg.apply(grown.graph, gg.Widen("0_in", 2), gg.Widen("2_in", 1))
+    assert wider.graph.state["0_act.beta"].shape == (5, 1, 1)
+    act = Rational(2, dtype=torch.double)
+    with torch.no_grad():
+        act.alpha.copy_(torch.tensor([2.0, 3.0]))
+    assert torch.equal(act(x[0, 0, 0, :2]), x[0, 0, 0, :2] * act.alpha)
+
+
 def test_a_rational_is_the_formula() -> None:
     act, x = Rational(dtype=torch.double), torch.randn(9, dtype=torch.double)
     with torch.no_grad():

@@ -19,9 +19,13 @@ SHORT = {
     "gradmax_student_teacher.py": "--repeats 1 --every 30 --last 10".split(),
     "tiny_resnet18.py": ["FOLDER", "--smoke"],
     "tiny_bottleneck.py": "--rounds 1 --images 500".split(),
+    "senn_regression.py": "--steps 60".split(),
+    "senn_mnist.py": (
+        "--epochs 2 --images 3000 --subsets 200 --subset-epochs 1 --candidates 4 --moves 2 --most 1"
+    ).split(),
     "nonparametric_mnist.py": "--grow 3 --settle 1 --scratch 1 --images 5000".split(),
 }
-NEEDS_DATA = {"nonparametric_mnist.py", "tiny_bottleneck.py"}
+NEEDS_DATA = {"nonparametric_mnist.py", "senn_mnist.py", "tiny_bottleneck.py"}
 SCRIPTS = sorted(p.name for p in EXAMPLES.glob("*.py") if "assert " in p.read_text())
 
 

@@ -381,3 +381,71 @@ def test_stopped_and_resumed_a_run_goes_on_bit_for_bit(tmp_path: Path, amplitude
     assert again.journal == whole.journal
     drop = [{k: v for k, v in e.items() if k != "seconds"} for e in whole.record]
     assert [{k: v for k, v in e.items() if k != "seconds"} for e in again.record] == drop
+
+
+class Mixed(nn.Module):
+    """A network for a score that adds units and layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 2), nn.Linear(2, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.tanh(self.first(x)))
+
+
+def vectors(seed: int) -> tuple[Tensor, Tensor]:
+    x = torch.randn(40, 4, generator=torch.Generator().manual_seed(seed))
+    return x, (x[:, :3] * x[:, 1:]).argmax(1)
+
+
+def test_units_and_layers_are_grown_where_a_threshold_is_passed(tmp_path: Path) -> None:
+    def run(found: gg.Grower, steps: range) -> None:
+        for step in steps:
+            x, y = vectors(step)
+            found.optimizer.zero_grad()
+            F.cross_entropy(found.model(x), y).backward()
+            found.optimizer.step()
+            found.step([vectors(1000), vectors(1001)])
+
+    def made(model: nn.Module, optimizer: Any, tau: float = 1.01) -> gg.Grower:
+        search = gg.scores.Ascent(steps=5)
+        score = gg.scores.Senn(layers=True, candidates=8, search=search, tau=tau, alpha=0.0)
+        return gg.Grower(
+            model,
+            vectors(0)[0],
+            loss=F.cross_entropy,
+            optimizer=optimizer,
+            score=score,
+            when=gg.Every(2),
+            where=gg.Where(per=None, places=2),
+        )
+
+    def start() -> tuple[nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        model = Mixed()
+        return model, torch.optim.Adam(model.parameters(), 1e-2)
+
+    whole = made(*start())
+    run(whole, range(8))
+    kinds = {growth["rewrite"] for event in whole.record for growth in event["growths"]}
+    assert kinds == {"Widen", "Deepen"}
+    for event in whole.record:
+        assert event["loss_after"] == pytest.approx(event["loss_before"], rel=1e-4)
+    quiet = made(*start(), tau=1e9)
+    run(quiet, range(4))
+    assert quiet.record == []
+
+    half = made(*start())
+    run(half, range(4))
+    gg.save(tmp_path / "model", half.model, journal=half.journal)
+    rest = {"optimizer": half.optimizer.state_dict(), "grower": half.state()}
+    model = gg.load(tmp_path / "model", Mixed(), vectors(0)[0])
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    optimizer.load_state_dict(rest["optimizer"])
+    gg.resume(optimizer)
+    again = made(model, optimizer)
+    again.resume(rest["grower"])
+    run(again, range(4, 8))
+    after = again.model.state_dict()
+    assert all(torch.equal(t, after[path]) for path, t in whole.model.state_dict().items())

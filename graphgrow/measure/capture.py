@@ -30,7 +30,7 @@ class Capture:
 
     def __init__(self, graph: Graph, mode: str, watched: Collection[Product | Mix]) -> None:
         self.structure = graph.train if mode == "train" else graph.eval
-        self.tree = assemble(graph.modules, graph.leaves, _apart(graph.state))
+        self.tree = assemble(graph.modules, graph.leaves, apart(graph.state))
         self.tree.train(mode == "train")
         self.devices = {t.device for t in graph.state.values() if t.device.type != "cpu"}
         self.calls: dict[str, list[tuple[Any, Product | Mix | None]]] = {}
@@ -65,7 +65,7 @@ class Capture:
         return float(value.detach())
 
 
-def _apart(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def apart(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors without gradients, buffers copied, tied ones still one tensor."""
     made: dict[int, Tensor] = {}
     for tensor in state.values():

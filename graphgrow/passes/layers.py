@@ -31,7 +31,8 @@ class Factor:
     matrix, drawn anew for each group, the best conditioned there is. Q is a linear layer, or for a
     convolution a 1×1 convolution with the same groups; it gets a `bias` where one is given, folded
     out of the old one, and else in a linear layer with a bias, one of zeros. `activation` is
-    "rational" (`nn.Rational`) or "prelu" (slope 1, which learns from negative values alone).
+    "rational" (`nn.Rational`, for each unit its own) or "prelu" (slope 1, which learns from
+    negative values alone).
 
     Source: Mitchell, Mundt, Kersting (2023), Self Expanding Neural Networks, section 3.
     """
@@ -44,9 +45,11 @@ class Factor:
     def insertion(self, place: Place) -> Insertion:
         """Return Q and the activation, to go before the layer, and the layer's weight W Q⁻¹."""
         _check_choice(place, self.activation, ("rational", "prelu"))
-        like = weight_of(place)
+        like, factors = weight_of(place), _factors(place, self.matrix, self.bias, self.seed)
         if self.activation == "rational":
-            activation = Rational(device="meta", dtype=like.dtype)
+            units = factors.forth.shape[:2].numel()
+            shape = (units, *[1] * (like.dim() - 2))
+            activation = Rational(*shape, device="meta", dtype=like.dtype)
             start = {"alpha": 1.0, "beta": 0.0, "gamma": 0.0}
         else:
             activation = nn.PReLU(device="meta", dtype=like.dtype)
@@ -55,7 +58,6 @@ class Factor:
             name: torch.full(parameter.shape, start[name], dtype=torch.double)
             for name, parameter in activation.named_parameters()
         }
-        factors = _factors(place, self.matrix, self.bias, self.seed)
         return _factored(place, factors, Part("act", activation, tensors))
 
 

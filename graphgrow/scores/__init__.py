@@ -4,15 +4,20 @@ from graphgrow.scores.amplitude import Amplified, advance, amplify
 from graphgrow.scores.gradmax import GradMax
 from graphgrow.scores.proposal import Proposal
 from graphgrow.scores.random import Random
+from graphgrow.scores.search import Ascent, Mala
+from graphgrow.scores.senn import Senn
 from graphgrow.scores.tangent import Reach, output_bottleneck
 from graphgrow.scores.tiny import Tiny, best_step, bottleneck
 
 __all__ = [
     "Amplified",
+    "Ascent",
     "GradMax",
+    "Mala",
     "Proposal",
     "Random",
     "Reach",
+    "Senn",
     "Tiny",
     "advance",
     "amplify",
