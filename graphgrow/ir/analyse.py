@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from graphgrow.dispatch import Dispatch
 from graphgrow.ir import layout
 from graphgrow.ir.assemble import assemble
 from graphgrow.ir.attributes import is_known
@@ -189,7 +189,7 @@ class _Interpreter(fx.Interpreter):
         return result
 
 
-class _Watch(TorchDispatchMode):
+class _Watch(Dispatch):
     """Sees every ATen call of a run and relates the layouts of what goes in and comes out."""
 
     def __init__(self, state: Mapping[str, Tensor]) -> None:

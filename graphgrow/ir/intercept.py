@@ -19,7 +19,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from graphgrow.dispatch import Dispatch
 
 _NOT_USERS = tuple(
     str(folder) + os.sep for folder in (Path(torch.__file__).parent, Path(__file__).parent.parent)
@@ -79,7 +80,7 @@ def intercepted(listener: Listener) -> Iterator[None]:
         setattr(torch.autograd.Function, "apply", apply)  # noqa: B010
 
 
-class HiddenCalls(TorchDispatchMode):
+class HiddenCalls(Dispatch):
     """Tells of operators on tensors that run although no recorded call runs them."""
 
     def __init__(self, report: Callable[[str, list[Tensor]], None]) -> None:
