@@ -258,6 +258,10 @@ put among the old, are removed again; identity layers are inserted at up to {lay
 
 {sums}
 
+*of the possible*: without the axes whose sentence below has no number in *possible*: sizes of
+inputs and outputs, places in space and time, tables by place, dims of one. Axes that norms or
+dropout keep from growing count as possible, although some of them are not.
+
 *widened*: axes, of all; *alone*: of these, each by itself; *zeros*: zero units put in and removed;
 *back*: by how much the tensors differ after removing, 0 is bit for bit; *layers*: inserted;
 *difference*: of the outputs, the largest of all, relative, in train and eval mode, except for what
@@ -266,8 +270,8 @@ of CPU, to trace and analyse; *others*: the numbers of the sentences about the o
 
 ## Why axes do not widen
 
-| | axes | models | sentence |
-|---|---|---|---|
+| | axes | possible | models | sentence |
+|---|---|---|---|---|
 {sentences}
 
 ## Models
@@ -296,7 +300,9 @@ def table(results: list[Found], of: int) -> str:
         layers=LAYERS,
         sums=sums(results),
         sentences="\n".join(
-            f"| {i} | {counts[s]} | {models[s]} | {s} |" for s, i in numbers.items()
+            f"| {i} | {counts[said]} | {'' if said.startswith(NEVER) else counts[said]} "
+            f"| {models[said]} | {said} |"
+            for said, i in numbers.items()
         ),
         lines="\n".join(line(found, numbers) for found in results),
     )
@@ -329,11 +335,25 @@ def sums(results: list[Found]) -> str:
     return "\n".join(rows)
 
 
-# What no function-preserving growth by any number of units can change.
+# Axes that cannot grow in any way that keeps the function: sizes of inputs and outputs, places in
+# space and time and what is listed by them, dims of one, tables that nothing learns. All others
+# count as possible.
 NEVER = (
     "is fixed by dim",
     "is dim",
+    "is fixed by a constant",
     "is written by no parameter",
+    "is indexed by a tensor",
+    "lists positions of another tensor",
+    "is picked from by position",
+    "is attended over",
+    "is cut into windows",
+    "is read at the places",
+    "is space that",
+    "is the side of a block",
+    "is padding",
+    "is a size computed",
+    "has width one",
 )
 
 
