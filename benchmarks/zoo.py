@@ -174,7 +174,9 @@ def axes(graph: gg.Graph) -> Found:
 def counted(sentences: Iterable[str]) -> dict[str, int]:
     """Return how often each sentence comes, apart from the names and sizes in it."""
     plain = (re.sub(r"(?<!operator) '[^']*'", "", sentence) for sentence in sentences)
-    return dict(collections.Counter(re.sub(r"\d[\d, ]*\d", "N", sentence) for sentence in plain))
+    return dict(
+        collections.Counter(re.sub(r"(?<!dim )\b\d[\d.]*", "N", sentence) for sentence in plain)
+    )
 
 
 def widened(model: nn.Module, graph: gg.Graph, inputs: architectures.Inputs) -> Found:

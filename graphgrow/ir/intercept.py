@@ -49,7 +49,7 @@ def intercepted(listener: Listener) -> Iterator[None]:
 
     The patches are global, so the listener must tell its own thread from others.
     """
-    call, length, tracing = nn.Module.__call__, builtins.len, torch.jit.is_tracing
+    call, length, tracing = nn.Module.__call__, builtins.len, vars(torch.jit)["is_tracing"]
     apply = vars(torch.autograd.Function)["apply"]
 
     @functools.wraps(call)
@@ -73,10 +73,11 @@ def intercepted(listener: Listener) -> Iterator[None]:
         nn.Module.__call__ = heard_call
         setattr(torch.autograd.Function, "apply", classmethod(heard_apply))  # noqa: B010
         builtins.len = heard_length
-        torch.jit.is_tracing = heard_question
+        setattr(torch.jit, "is_tracing", heard_question)  # noqa: B010
         yield
     finally:
-        nn.Module.__call__, builtins.len, torch.jit.is_tracing = call, length, tracing
+        nn.Module.__call__, builtins.len = call, length
+        setattr(torch.jit, "is_tracing", tracing)  # noqa: B010
         setattr(torch.autograd.Function, "apply", apply)  # noqa: B010
 
 

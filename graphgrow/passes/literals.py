@@ -128,9 +128,11 @@ class _Edits:
     def _is_of_axes(self, node: fx.Node) -> bool:
         """Return whether a number is computed from widths of axes and literals alone."""
         if node.op == "call_method" and node.target in ("size", "numel"):
-            dims = self.dims(node.args[0]) or ()
+            dims = self.dims(node.args[0])
+            if dims is None:
+                return False
             asked = dims if node.target == "numel" else [dims[self.number(node.args[1])]]
-            return not any(_has_free_sizes(d) for d in asked)
+            return not any(map(_has_free_sizes, asked))
         return all(map(self._is_of_axes, node.all_input_nodes))
 
     def dims(self, node: Any, part: int | None = None) -> Sequence[Layout] | None:
