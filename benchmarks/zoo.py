@@ -162,13 +162,19 @@ def one(name: str) -> Found:
 
 def axes(graph: gg.Graph) -> Found:
     """Return the number of axes, and how often each obstacle and unknown operator came."""
-    said = [axis.obstacle for axis in graph.axes.values() if axis.obstacle]
     return {
         "structures": 1 if graph.train is graph.eval else 2,
         "axes": len(graph.axes),
-        "obstacles": counted(sentence.split("units): it ", 1)[1] for sentence in said),
+        "obstacles": counted(said(axis) for axis in graph.axes.values() if axis.obstacle),
         "unknown": dict(graph.analysis.unknown),
     }
+
+
+def said(axis: gg.Axis) -> str:
+    """Return why an axis does not grow; channels that a convolution goes over are no space."""
+    sentence = str(axis.obstacle).split("units): it ", 1)[1]
+    is_space = sentence.startswith("is space") and axis.producers
+    return f"has channels, but {sentence}" if is_space else sentence
 
 
 def counted(sentences: Iterable[str]) -> dict[str, int]:
@@ -183,14 +189,14 @@ def widened(model: nn.Module, graph: gg.Graph, inputs: architectures.Inputs) -> 
     """Return what widening did, at once and alone, and removing after it."""
     units = odd_number(graph)
     free = [axis.name for axis in graph.axes.values() if axis.obstacle is None]
-    together, fits, said = graph, [], []
+    together, fits, refused = graph, [], []
     for name in free:
         try:
             together = gg.apply(together, gg.Widen(name, units), verify=False).graph
             fits.append(name)
         except gg.NotApplicable as error:
-            said.append(str(error).split(": ", 1)[1])
-    found: Found = {"units": units, "widened": len(fits), "refused_axes": counted(said)}
+            refused.append(str(error).split(": ", 1)[1])
+    found: Found = {"units": units, "widened": len(fits), "refused_axes": counted(refused)}
     found["together"] = gg.compare(model, together, **inputs).relative
     found["back"] = gap(graph, back(graph, together, fits, units, at_end=True))
     found["alone"] = found["zeros"] = 0
@@ -254,9 +260,10 @@ def deepened(graph: gg.Graph, inputs: architectures.Inputs) -> Found:
 HEAD = """# The zoo
 
 `{command}`: {count} of {of} models, torch {torch}, random weights, float64, one thread,
-{minutes:.0f} minutes in all. Every axis without an obstacle is widened by a prime that divides no
-width in the model: all at once, and up to {alone} of them each alone; the new units, and zero units
-put among the old, are removed again; identity layers are inserted at up to {layers} places.
+{minutes:.0f} minutes of CPU in all. Every axis without an obstacle is widened by a prime that
+divides no width in the model: all at once, and up to {alone} of them each alone; the new units, and
+zero units put among the old, are removed again; identity layers are inserted at up to {layers}
+places.
 
 {sums}
 
