@@ -3,10 +3,10 @@
     python benchmarks/zoo.py [PATTERN ...] [--cache FILE] [--table FILE] [--again]
 
 Runs each model whose name matches a pattern (`timm/*`, `*/resnet*`; left out, all) and is not in
-the cache yet, in a process of its own, with random weights, small inputs, in float64; then writes
-the table of all that is in the cache. `--again` runs what is in the cache once more, `--only-table`
-nothing. A run that was stopped goes on where it was. Needs torchvision, timm and transformers
-(requirements/zoo.txt); the largest models need some 20 GB.
+the cache yet, in a process of its own, with random weights, stirred as by training, and small
+inputs, in float64; then writes the table of all that is in the cache. `--again` runs what is in the
+cache once more, `--only-table` nothing. A run that was stopped goes on where it was. Needs
+torchvision, timm and transformers (requirements/zoo.txt); the largest models need some 20 GB.
 
 Of each model: every axis without an obstacle is widened by the smallest prime from 3 on that
 divides no width in it, all of them at once, and a sample of ALONE of them each alone; the new units
@@ -142,6 +142,7 @@ def one(name: str) -> Found:
     start = time.process_time()
     with vision.silenced():
         model, inputs = architectures.architectures()[name]()
+        stir(model)
         found: Found = {"name": name, "parameters": sum(p.numel() for p in model.parameters())}
         began = time.process_time()
         try:
@@ -158,6 +159,22 @@ def one(name: str) -> Found:
     found["total"] = time.process_time() - start
     found["gigabytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     return found
+
+
+def stir(model: nn.Module) -> None:
+    """Move all weights and statistics from where they start, as training would.
+
+    Heads that start at zero, scales that start equal and norms without an effect hide errors.
+    """
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                parameter += 0.02 * torch.randn_like(parameter)
+        for name, buffer in model.named_buffers():
+            if name.endswith("running_mean"):
+                buffer += 0.1 * torch.randn_like(buffer)
+            elif name.endswith("running_var"):
+                buffer *= 0.5 + torch.rand_like(buffer)
 
 
 def axes(graph: gg.Graph) -> Found:
@@ -259,11 +276,11 @@ def deepened(graph: gg.Graph, inputs: architectures.Inputs) -> Found:
 
 HEAD = """# The zoo
 
-`{command}`: {count} of {of} models, torch {torch}, random weights, float64, one thread,
-{minutes:.0f} minutes of CPU in all. Every axis without an obstacle is widened by a prime that
-divides no width in the model: all at once, and up to {alone} of them each alone; the new units, and
-zero units put among the old, are removed again; identity layers are inserted at up to {layers}
-places.
+`{command}`: {count} of {of} models, torch {torch}, random weights, all of them stirred,
+float64, one thread, {minutes:.0f} minutes of CPU in all. Every axis without an obstacle is widened
+by a prime that divides no width in the model: all at once, and up to {alone} of them each alone;
+the new units, and zero units put among the old, are removed again; identity layers are inserted at
+up to {layers} places.
 
 {sums}
 
