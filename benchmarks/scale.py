@@ -2,18 +2,19 @@
 
     python benchmarks/scale.py [NAME ...]
 
-Each in a process of its own, in float32: `gpt` is 24 layers of width 1024 as GPT-2 has them,
-written here, widened in every MLP; `gpt2` the same size of transformers' GPT2 (skipped without
-transformers); `densenet` torchvision's DenseNet-201, `resnet` a ResNet of 1000 convolutions, both
-widened in every axis that can grow. *memory* is the highest resident memory over that after
-building the model, in multiples of its tensors; both count the model itself once. Needs torchvision
-for `densenet`.
+Each in a process of its own, in float32, on one thread; times are of CPU. `gpt` is 24 layers of
+width 1024 as GPT-2 has them, written here, and widened in every MLP; `gpt2` the same size of
+transformers' GPT-2 (skipped without transformers); `densenet` torchvision's DenseNet-201 and
+`resnet` a ResNet of 1000 convolutions, both widened in every axis that can grow. *memory* is the
+highest resident memory over that after building the model, in multiples of its tensors, the model
+itself counted once. Needs torchvision for `densenet`.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.util
 import itertools
 import multiprocessing
 import sys
@@ -40,6 +41,9 @@ def main() -> None:
     parser.add_argument("names", nargs="*", choices=[[], *MODELS], metavar="NAME")
     print("model      tensors  axes  widened   trace  analyse   widen   memory  difference")
     for name in parser.parse_args().names or MODELS:
+        if name == "gpt2" and importlib.util.find_spec("transformers") is None:
+            print("gpt2       needs transformers (requirements/zoo.txt)")
+            continue
         end, given = multiprocessing.Pipe(duplex=False)
         process = multiprocessing.get_context("spawn").Process(target=measured, args=(name, given))
         process.start()
@@ -110,6 +114,7 @@ def resnet(layers: int = 1000, width: int = 16) -> nn.Module:
 
 def gpt2() -> nn.Module:
     """Return transformers' GPT-2 medium with random weights."""
+    vision.torchvision()  # which transformers imports
     transformers = importlib.import_module("transformers")
     config = transformers.GPT2Config(n_embd=1024, n_layer=24, n_head=16, use_cache=False)
     return transformers.GPT2LMHeadModel(config)

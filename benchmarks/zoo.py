@@ -3,10 +3,10 @@
     python benchmarks/zoo.py [PATTERN ...] [--cache FILE] [--table FILE] [--again]
 
 Runs each model whose name matches a pattern (`timm/*`, `*/resnet*`; left out, all) and is not in
-the cache yet, in a process of its own, with random weights, small inputs, in float64; then writes
-the table of all that is in the cache. `--again` runs what is in the cache once more, `--only-table`
-nothing. A run that was stopped goes on where it was. Needs torchvision, timm and transformers
-(requirements/zoo.txt); the largest models need some 20 GB.
+the cache yet, in a process of its own, with random weights, stirred as by training, and small
+inputs, in float64; then writes the table of all that is in the cache. `--again` runs what is in the
+cache once more, `--only-table` nothing. A run that was stopped goes on where it was. Needs
+torchvision, timm and transformers (requirements/zoo.txt); the largest models need some 20 GB.
 
 Of each model: every axis without an obstacle is widened by the smallest prime from 3 on that
 divides no width in it, all of them at once, and a sample of ALONE of them each alone; the new units
@@ -142,6 +142,7 @@ def one(name: str) -> Found:
     start = time.process_time()
     with vision.silenced():
         model, inputs = architectures.architectures()[name]()
+        stir(model)
         found: Found = {"name": name, "parameters": sum(p.numel() for p in model.parameters())}
         began = time.process_time()
         try:
@@ -160,35 +161,59 @@ def one(name: str) -> Found:
     return found
 
 
+def stir(model: nn.Module) -> None:
+    """Move all weights and statistics from where they start, as training would.
+
+    Heads that start at zero, scales that start equal and norms without an effect hide errors.
+    """
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                parameter += 0.02 * torch.randn_like(parameter)
+        for name, buffer in model.named_buffers():
+            if name.endswith("running_mean"):
+                buffer += 0.1 * torch.randn_like(buffer)
+            elif name.endswith("running_var"):
+                buffer *= 0.5 + torch.rand_like(buffer)
+
+
 def axes(graph: gg.Graph) -> Found:
     """Return the number of axes, and how often each obstacle and unknown operator came."""
-    said = [axis.obstacle for axis in graph.axes.values() if axis.obstacle]
     return {
         "structures": 1 if graph.train is graph.eval else 2,
         "axes": len(graph.axes),
-        "obstacles": counted(sentence.split("units): it ", 1)[1] for sentence in said),
+        "obstacles": counted(said(axis) for axis in graph.axes.values() if axis.obstacle),
         "unknown": dict(graph.analysis.unknown),
     }
+
+
+def said(axis: gg.Axis) -> str:
+    """Return why an axis does not grow; channels that a convolution goes over are no space."""
+    sentence = str(axis.obstacle).split("units): it ", 1)[1]
+    is_space = sentence.startswith("is space") and axis.producers
+    return f"has channels, but {sentence}" if is_space else sentence
 
 
 def counted(sentences: Iterable[str]) -> dict[str, int]:
     """Return how often each sentence comes, apart from the names and sizes in it."""
     plain = (re.sub(r"(?<!operator) '[^']*'", "", sentence) for sentence in sentences)
-    return dict(collections.Counter(re.sub(r"\d[\d, ]*\d", "N", sentence) for sentence in plain))
+    return dict(
+        collections.Counter(re.sub(r"(?<!dim )\b\d[\d.]*", "N", sentence) for sentence in plain)
+    )
 
 
 def widened(model: nn.Module, graph: gg.Graph, inputs: architectures.Inputs) -> Found:
     """Return what widening did, at once and alone, and removing after it."""
     units = odd_number(graph)
     free = [axis.name for axis in graph.axes.values() if axis.obstacle is None]
-    together, fits, said = graph, [], []
+    together, fits, refused = graph, [], []
     for name in free:
         try:
             together = gg.apply(together, gg.Widen(name, units), verify=False).graph
             fits.append(name)
         except gg.NotApplicable as error:
-            said.append(str(error).split(": ", 1)[1])
-    found: Found = {"units": units, "widened": len(fits), "refused_axes": counted(said)}
+            refused.append(str(error).split(": ", 1)[1])
+    found: Found = {"units": units, "widened": len(fits), "refused_axes": counted(refused)}
     found["together"] = gg.compare(model, together, **inputs).relative
     found["back"] = gap(graph, back(graph, together, fits, units, at_end=True))
     found["alone"] = found["zeros"] = 0
@@ -251,12 +276,17 @@ def deepened(graph: gg.Graph, inputs: architectures.Inputs) -> Found:
 
 HEAD = """# The zoo
 
-`{command}`: {count} of {of} models, torch {torch}, random weights, float64, one thread,
-{minutes:.0f} minutes in all. Every axis without an obstacle is widened by a prime that divides no
-width in the model: all at once, and up to {alone} of them each alone; the new units, and zero units
-put among the old, are removed again; identity layers are inserted at up to {layers} places.
+`{command}`: {count} of {of} models, torch {torch}, random weights, all of them stirred,
+float64, one thread, {minutes:.0f} minutes of CPU in all. Every axis without an obstacle is widened
+by a prime that divides no width in the model: all at once, and up to {alone} of them each alone;
+the new units, and zero units put among the old, are removed again; identity layers are inserted at
+up to {layers} places.
 
 {sums}
+
+*of the possible*: without the axes whose sentence below has no number in *possible*: sizes of
+inputs and outputs, places in space and time, tables by place, dims of one. Axes that norms or
+dropout keep from growing count as possible, although some of them are not.
 
 *widened*: axes, of all; *alone*: of these, each by itself; *zeros*: zero units put in and removed;
 *back*: by how much the tensors differ after removing, 0 is bit for bit; *layers*: inserted;
@@ -266,8 +296,8 @@ of CPU, to trace and analyse; *others*: the numbers of the sentences about the o
 
 ## Why axes do not widen
 
-| | axes | models | sentence |
-|---|---|---|---|
+| | axes | possible | models | sentence |
+|---|---|---|---|---|
 {sentences}
 
 ## Models
@@ -296,7 +326,9 @@ def table(results: list[Found], of: int) -> str:
         layers=LAYERS,
         sums=sums(results),
         sentences="\n".join(
-            f"| {i} | {counts[s]} | {models[s]} | {s} |" for s, i in numbers.items()
+            f"| {i} | {counts[said]} | {'' if said.startswith(NEVER) else counts[said]} "
+            f"| {models[said]} | {said} |"
+            for said, i in numbers.items()
         ),
         lines="\n".join(line(found, numbers) for found in results),
     )
@@ -329,11 +361,25 @@ def sums(results: list[Found]) -> str:
     return "\n".join(rows)
 
 
-# What no function-preserving growth by any number of units can change.
+# Axes that cannot grow in any way that keeps the function: sizes of inputs and outputs, places in
+# space and time and what is listed by them, dims of one, tables that nothing learns. All others
+# count as possible.
 NEVER = (
     "is fixed by dim",
     "is dim",
+    "is fixed by a constant",
     "is written by no parameter",
+    "is indexed by a tensor",
+    "lists positions of another tensor",
+    "is picked from by position",
+    "is attended over",
+    "is cut into windows",
+    "is read at the places",
+    "is space that",
+    "is the side of a block",
+    "is padding",
+    "is a size computed",
+    "has width one",
 )
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from graphgrow.dispatch import Dispatch
 
 aten = torch.ops.aten
 
@@ -71,7 +72,7 @@ MEANS: dict[Any, Callable[..., Any]] = {
 }
 
 
-class Mean(TorchDispatchMode):
+class Mean(Dispatch):
     """Within it, every operator that draws random numbers gives their mean instead."""
 
     def __torch_dispatch__(

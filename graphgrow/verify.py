@@ -13,9 +13,9 @@ from typing import Any
 import numpy
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map, tree_map_only
 
+from graphgrow.dispatch import Dispatch
 from graphgrow.draws import Mean
 from graphgrow.errors import NotEquivalent
 from graphgrow.ir.graph import Graph
@@ -115,7 +115,7 @@ _DOUBLE = {
 }
 
 
-class _Double(TorchDispatchMode):
+class _Double(Dispatch):
     """Within it, what code asks for in lower precision is in double precision."""
 
     def __torch_dispatch__(

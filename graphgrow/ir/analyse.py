@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.rnn import PackedSequence
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from graphgrow.dispatch import Dispatch
 from graphgrow.ir import layout
 from graphgrow.ir.assemble import assemble
 from graphgrow.ir.attributes import is_known
@@ -120,6 +120,33 @@ class Analysis:
         """Return the width of every axis by name."""
         return self._widths
 
+    def touching(self, axis: str) -> tuple[Step, ...]:
+        """Return the steps that read or compute values in which an axis takes part."""
+        return self._touching.get(axis, ())
+
+    def resized(
+        self, widths: Mapping[str, int], numbers: Mapping[tuple[str, str], Any]
+    ) -> Analysis:
+        """Return the analysis with other widths, and other `numbers` that nodes compute."""
+        axes = {name: replace(axis, width=widths[name]) for name, axis in self.axes.items()}
+        made = replace(self, axes=axes, nodes={**self.nodes, **numbers})
+        made.__dict__["_touching"] = self._touching
+        return made
+
+    @cached_property
+    def _touching(self) -> dict[str, tuple[Step, ...]]:
+        """The steps by axis; widths do not matter for it."""
+        axes: dict[int, list[str]] = {}
+        for axis, numbers in self.holding.items():
+            for number in numbers:
+                axes.setdefault(number, []).append(axis)
+        found: dict[str, list[Step]] = {}
+        for step in self.steps:
+            values = dict.fromkeys(step.inputs + step.outputs)
+            for axis in dict.fromkeys(a for number in values for a in axes.get(number, ())):
+                found.setdefault(axis, []).append(step)
+        return {axis: tuple(steps) for axis, steps in found.items()}
+
     @cached_property
     def _widths(self) -> dict[str, int]:
         return {name: axis.width for name, axis in self.axes.items()}
@@ -209,7 +236,7 @@ def _without_kernels() -> Iterator[None]:
         torch._C._set_cudnn_enabled(before[1])
 
 
-class _Watch(TorchDispatchMode):
+class _Watch(Dispatch):
     """Sees every ATen call of a run and relates the layouts of what goes in and comes out."""
 
     def __init__(self, state: Mapping[str, Tensor]) -> None:

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from graphgrow.errors import NotApplicable
 from graphgrow.ir.analyse import Analysis, Axis, Slot, analyse
+from graphgrow.ir.concern import Concerned, concerned
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +40,11 @@ class Graph:
     def analysis(self) -> Analysis:
         """The layouts, axes and steps, derived once when first asked for."""
         return analyse(self)
+
+    @cached_property
+    def concerned(self) -> Mapping[str, Concerned]:
+        """What an edit of each axis can concern; widths do not matter for it."""
+        return concerned({"train": self.train, "eval": self.eval}, self.leaves, self.analysis)
 
     @property
     def axes(self) -> Mapping[str, Axis]:

@@ -20,7 +20,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import transformer
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from graphgrow.dispatch import Dispatch
 
 _NOT_USERS = tuple(
     str(folder) + os.sep for folder in (Path(torch.__file__).parent, Path(__file__).parent.parent)
@@ -49,7 +50,7 @@ def intercepted(listener: Listener) -> Iterator[None]:
 
     The patches are global, so the listener must tell its own thread from others.
     """
-    call, length, tracing = nn.Module.__call__, builtins.len, torch.jit.is_tracing
+    call, length, tracing = nn.Module.__call__, builtins.len, vars(torch.jit)["is_tracing"]
     is_causal = transformer._detect_is_causal_mask
     apply = vars(torch.autograd.Function)["apply"]
 
@@ -79,15 +80,16 @@ def intercepted(listener: Listener) -> Iterator[None]:
         nn.Module.__call__ = heard_call
         setattr(torch.autograd.Function, "apply", classmethod(heard_apply))  # noqa: B010
         builtins.len = heard_length
-        torch.jit.is_tracing = heard_question
+        setattr(torch.jit, "is_tracing", heard_question)  # noqa: B010
         yield
     finally:
-        nn.Module.__call__, builtins.len, torch.jit.is_tracing = call, length, tracing
+        nn.Module.__call__, builtins.len = call, length
+        setattr(torch.jit, "is_tracing", tracing)  # noqa: B010
         transformer._detect_is_causal_mask = is_causal
         setattr(torch.autograd.Function, "apply", apply)  # noqa: B010
 
 
-class HiddenCalls(TorchDispatchMode):
+class HiddenCalls(Dispatch):
     """Tells of operators on tensors that run although no recorded call runs them."""
 
     def __init__(self, report: Callable[[str, list[Tensor]], None]) -> None:

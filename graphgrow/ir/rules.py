@@ -709,8 +709,8 @@ def convolution(c: Call) -> Outcome:
     transposed, groups = c.args[6], c.args[8]
     relate = _transposed if transposed else _forward
     out, over_x, over_w, batched = relate(c.of(x)[1], c.of(w), x.shape[1], w.shape, groups)
-    for parts in c.of(w)[2:]:
-        freeze(parts, KERNEL)
+    for atom in (atom for parts in c.of(w)[2:] for atom in layout.leaves(parts)):
+        atom.frozen = KERNEL  # whatever was said of it before: a kernel has sizes, not units
     for parts in c.of(x)[2:]:
         freeze(parts, OVER)
     if b is not None:

@@ -152,8 +152,8 @@ def _unequal(one: Any, other: Any, twins: Mapping[fx.Node, fx.Node]) -> Iterator
     elif isinstance(one, dict) and isinstance(other, dict):
         yield from _unequal(sorted(one.items()), sorted(other.items()), twins)
     elif isinstance(one, slice) and isinstance(other, slice):
-        bounds = ((s.start, s.stop, s.step) for s in (one, other))
-        yield from _unequal(*bounds, twins)
+        bounds = [(piece.start, piece.stop, piece.step) for piece in (one, other)]
+        yield from _unequal(bounds[0], bounds[1], twins)
     elif type(one) is not type(other) or one != other:
         yield (one, other) if {type(one), type(other)} <= {int, float} else None
 

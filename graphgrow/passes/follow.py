@@ -161,17 +161,15 @@ class Follower:
 
     def run(self) -> Follower:
         """Follow all steps and return self, with `arrivals` and `statistics` filled."""
-        for step in self.resized.analysis.steps:
-            touched = [v for v in step.inputs + step.outputs if self._has(v)]
-            if touched:
-                content = self._through(step)
-                # what stands beside the first output of a computation (indices, say) is not known
-                alike = step.outputs if step.row.kind is Kind.MOVE else step.outputs[:1]
-                for number in alike:
-                    if content is not None and self._has(number):
-                        self.contents[number] = content
-                if step.row.kind is Kind.MOVE and step.inputs[0] in self._parts:
-                    self._move_parts(step)
+        for step in self.resized.analysis.touching(self.axis):
+            content = self._through(step)
+            # what stands beside the first output of a computation (indices, say) is not known
+            alike = step.outputs if step.row.kind is Kind.MOVE else step.outputs[:1]
+            for number in alike:
+                if content is not None and self._has(number):
+                    self.contents[number] = content
+            if step.row.kind is Kind.MOVE and step.inputs[0] in self._parts:
+                self._move_parts(step)
         return self
 
     def _has(self, number: int) -> bool:
@@ -803,7 +801,7 @@ def is_averaged(analysis: Analysis, axis: str) -> bool:
             step.func.overloadpacket is aten.mean
             and any(axis in axes for axes in step.contracted.values())
         )
-        for step in analysis.steps
+        for step in analysis.touching(axis)
     )
 
 

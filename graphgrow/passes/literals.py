@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -21,23 +21,25 @@ def resize(
     structure: fx.Graph,
     analysis: Analysis,
     mode: str,
+    among: Container[tuple[str, str]],
     widths: Mapping[str, int],
     scaled: Mapping[tuple[str, str], float],
 ) -> tuple[fx.Graph, Numbers]:
     """Return `structure` with the sizes stated in calls changed to what `widths` make them.
 
-    `scaled` has a factor for the number that a call adds to a statistic, by mode and node.
-    The same graph comes back where nothing changes; a changed node's meta says so in `edited`. The
-    second part has the new value of every node that computes a number, by mode and name.
+    `among` has the nodes to look at, by mode and name, `scaled` a factor for the number that a call
+    adds to a statistic. The same graph comes back where nothing changes; a changed node's meta says
+    so in `edited`. The second part has the new value of each of these nodes that computes a number.
 
     Raises:
         NotApplicable: where a size cannot be stated anew.
     """
     edits = _Edits(analysis, mode, widths, scaled)
-    found = dict(_changed(edits, structure))
+    nodes = [node for node in structure.nodes if (mode, node.name) in among]
+    found = dict(_changed(edits, nodes))
     numbers = {
         (mode, node.name): edits.number(node)
-        for node in structure.nodes
+        for node in nodes
         if type(edits.number_before(node)) in (int, float)
     }
     if not found:
@@ -52,8 +54,8 @@ def resize(
     return made, numbers
 
 
-def _changed(edits: _Edits, structure: fx.Graph) -> Iterator[tuple[fx.Node, Call]]:
-    for node in structure.nodes:
+def _changed(edits: _Edits, nodes: Sequence[fx.Node]) -> Iterator[tuple[fx.Node, Call]]:
+    for node in nodes:
         try:
             new = edits.of(node)
         except NotApplicable as error:
@@ -126,9 +128,11 @@ class _Edits:
     def _is_of_axes(self, node: fx.Node) -> bool:
         """Return whether a number is computed from widths of axes and literals alone."""
         if node.op == "call_method" and node.target in ("size", "numel"):
-            dims = self.dims(node.args[0]) or ()
+            dims = self.dims(node.args[0])
+            if dims is None:
+                return False
             asked = dims if node.target == "numel" else [dims[self.number(node.args[1])]]
-            return not any(_has_free_sizes(d) for d in asked)
+            return not any(map(_has_free_sizes, asked))
         return all(map(self._is_of_axes, node.all_input_nodes))
 
     def dims(self, node: Any, part: int | None = None) -> Sequence[Layout] | None:

@@ -112,7 +112,7 @@ def _unfolded(follower: Follower, folds: Mapping[str, Tensor]) -> str | None:
     """Return what speaks against folding: a bias that is also used where no constant arrives."""
     analysis = follower.resized.analysis
     arrived = {id(a.step) for a in follower.arrivals}
-    for step in analysis.steps:
+    for step in analysis.steps if folds else ():
         for number in step.inputs:
             source = analysis.sources.get(number)
             if source is None or step.row.kind is Kind.MOVE or id(step) in arrived:

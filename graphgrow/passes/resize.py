@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from graphgrow.errors import NotApplicable
-from graphgrow.ir.analyse import Analysis, Slot
+from graphgrow.ir.analyse import Slot
 from graphgrow.ir.assemble import shell, twin
 from graphgrow.ir.attributes import Sizes, resized
 from graphgrow.ir.graph import Graph
@@ -37,9 +37,10 @@ def resize(
     """
     widths = change.widths()
     scaled = {(mode, node): factor for mode, node, factor in rewrite.numbers}
-    train, numbers = literals.resize(graph.train, graph.analysis, "train", widths, scaled)
+    among = graph.concerned[change.axis].nodes | scaled.keys()
+    train, numbers = literals.resize(graph.train, graph.analysis, "train", among, widths, scaled)
     same = graph.eval is graph.train
-    eval_, more = literals.resize(graph.eval, graph.analysis, "eval", widths, scaled)
+    eval_, more = literals.resize(graph.eval, graph.analysis, "eval", among, widths, scaled)
     made = {id(graph.state[path]): twin(graph.state[path], t) for path, t in tensors.items()}
     grown = replace(
         graph,
@@ -51,15 +52,9 @@ def resize(
     )
     # the last of several groups is no group: the layer is an ordinary one from then on
     if widths[change.axis] > 1 or graph.axes[change.axis].width == 1:
-        grown.__dict__["analysis"] = _resized(graph.analysis, widths, {**numbers, **more})
+        grown.__dict__["analysis"] = graph.analysis.resized(widths, {**numbers, **more})
+        grown.__dict__["concerned"] = graph.concerned
     return grown
-
-
-def _resized(
-    analysis: Analysis, widths: Mapping[str, int], numbers: Mapping[tuple[str, str], Any]
-) -> Analysis:
-    axes = {name: replace(axis, width=widths[name]) for name, axis in analysis.axes.items()}
-    return replace(analysis, axes=axes, nodes={**analysis.nodes, **numbers})
 
 
 def _scaled_leaves(graph: Graph, scaled: Mapping[tuple[str, str], float]) -> dict[str, float]:
@@ -83,14 +78,11 @@ def _retold(
     graph: Graph, axis: str, widths: Mapping[str, int], scaled: Mapping[str, float]
 ) -> dict[str, nn.Module]:
     """Return the module templates with their attributes true again; untouched ones are shared."""
-    inputs = _inputs(graph)
+    inputs = _inputs(graph, graph.concerned[axis].nodes)
     fresh: dict[int, nn.Module] = {}
-    for path in graph.leaves:
+    for path in graph.concerned[axis].leaves | dict.fromkeys(scaled):
         module = graph.modules[path]
         sizes = _sizes(graph, path, inputs.get(path, ()), widths)
-        layouts = [*sizes.input, *(layout for dims in sizes.tensors.values() for layout in dims)]
-        if all(axis not in layout.axes() for layout in layouts) and path not in scaled:
-            continue
         try:
             told = resized(module, sizes)
         except NotApplicable as error:
@@ -126,12 +118,12 @@ def _sizes(graph: Graph, path: str, inputs: tuple[Layout, ...], widths: Mapping[
     return Sizes(found, inputs, analysis.widths(), widths)
 
 
-def _inputs(graph: Graph) -> dict[str, tuple[Layout, ...]]:
-    """Return the layouts of the first input of every leaf module, by path."""
+def _inputs(graph: Graph, among: Container[tuple[str, str]]) -> dict[str, tuple[Layout, ...]]:
+    """Return the layouts of the first input of leaf modules that are called at nodes `among`."""
     found: dict[str, tuple[Layout, ...]] = {}
     for mode, structure in (("train", graph.train), ("eval", graph.eval)):
         for node in structure.nodes:
-            if node.op == "call_module" and node.target not in found:
+            if (mode, node.name) in among and node.op == "call_module" and node.target not in found:
                 arg = next((a for a in tree_leaves(node.args) if isinstance(a, fx.Node)), None)
                 value = graph.analysis.nodes.get((mode, arg.name)) if arg is not None else None
                 if isinstance(value, Slot):
