@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -42,6 +42,17 @@ class Score(Protocol):
 
     def proposals(self, graph: Graph, moments: Mapping[str, Moments]) -> list[Proposal]:
         """Return the proposals for axes by their moments."""
+        ...
+
+
+@runtime_checkable
+class ScoreOnBatches(Protocol):
+    """What proposes new units from the examples themselves, where moments do not say enough."""
+
+    def proposals_on(
+        self, graph: Graph, batches: Batches, loss: Loss, axes: Sequence[str] | None = None
+    ) -> list[Proposal]:
+        """Return the proposals for axes, all that can be widened if left out."""
         ...
 
 
@@ -167,7 +178,7 @@ class Grower:
         *,
         loss: Loss,
         optimizer: Optimizer,
-        score: Score,
+        score: Score | ScoreOnBatches,
         when: When = Every(1),
         where: Where = Where(),
         budget: Budget = Budget(),
@@ -205,8 +216,7 @@ class Grower:
         if not self.when.due(self.clock):
             return None
         start = time.perf_counter()
-        found = moments(self.graph, batches, self.loss, self._axes(), project=self.score.project)
-        ranked = self.where.ranked(self.graph, self.score.proposals(self.graph, found))
+        ranked = self.where.ranked(self.graph, self._proposals(batches))
         taken: list[Event] = []
         for proposal in ranked:
             fits = len(taken) < self.where.places and self.budget.allows(self._spent, proposal)
@@ -229,6 +239,12 @@ class Grower:
         }
         self.record.append(event)
         return event
+
+    def _proposals(self, batches: Batches) -> list[Proposal]:
+        if isinstance(self.score, ScoreOnBatches):
+            return self.score.proposals_on(self.graph, batches, self.loss, self.where.axes)
+        found = moments(self.graph, batches, self.loss, self._axes(), project=self.score.project)
+        return self.score.proposals(self.graph, found)
 
     def _axes(self) -> list[str]:
         names = self.where.axes or tuple(self.graph.axes)

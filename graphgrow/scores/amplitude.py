@@ -1,4 +1,4 @@
-"""The step that TINY takes beyond growing: new units get their weights, as far as that helps."""
+"""The step beyond growing that some methods take: to where their units lead, as far as it helps."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from graphgrow.moments import Loss
 from graphgrow.passes.rewrite import Grown
 from graphgrow.passes.units import Resized, inserted
 from graphgrow.passes.weights import Given
+from graphgrow.scores.departure import Departure
 from graphgrow.scores.proposal import Proposal
 
 AMPLITUDES = tuple(2.0**k for k in range(-14, 5))
@@ -36,12 +37,14 @@ def amplify(
     loss: Loss,
     amplitudes: Iterable[float] = AMPLITUDES,
 ) -> Amplified:
-    """Give new units √γ times their target weights on both sides, and return what that changed.
+    """Go from a rewrite to its proposal's target by a line search, and return what that changed.
 
-    γ is that of `amplitudes` with the smallest mean loss on `batches`, in eval mode, each tried
-    with both signs of the outgoing weights (a negative γ: the paper's activations are linear, ReLU
-    is not); 0, and nothing is written, where none is smaller than before. The numbers are written
-    into the tensors of `grown.graph`, so that an optimizer that holds them goes on.
+    Where the target is weights (TINY's), new units get √γ times them on both sides, outgoing ones
+    with the sign of γ (the paper's activations are linear, ReLU is not); where it is a `Departure`,
+    γ is the step along it. γ is that of `amplitudes`, each tried with both signs, with the smallest
+    mean loss on `batches` in eval mode; 0, and nothing is written, where none is smaller than
+    before. The numbers are written into the tensors of `grown.graph`, so that an optimizer that
+    holds them goes on.
 
     Raises:
         ValueError: where the proposal has no target.
@@ -55,21 +58,29 @@ def amplify(
     best = Amplified(0.0, before, before)
     for size in amplitudes:
         for gamma in (size, -size):
-            write(grown, amplified(proposal, gamma))
+            go(grown, proposal, gamma)
             found = mean_loss(graph, batches, loss)
             if found < best.after:
                 best = Amplified(gamma, before, found)
-    with torch.no_grad():
-        for path, tensor in kept.items():
-            graph.state[path].copy_(tensor)
+            with torch.no_grad():
+                for path, tensor in kept.items():
+                    graph.state[path].copy_(tensor)
     if best.amplitude:
-        write(grown, amplified(proposal, best.amplitude))
+        go(grown, proposal, best.amplitude)
     return best
+
+
+def go(grown: Grown, proposal: Proposal, gamma: float) -> None:
+    """Write the weights at an amplitude into tensors that are as the rewrite left them."""
+    if isinstance(proposal.target, Departure):
+        proposal.target.add(grown, gamma)
+    else:
+        write(grown, amplified(proposal, gamma))
 
 
 def amplified(proposal: Proposal, gamma: float) -> Given:
     """Return √|γ| times a proposal's target on both sides, outgoing weights with the sign of γ."""
-    assert proposal.target is not None
+    assert isinstance(proposal.target, Given)
     root = abs(gamma) ** 0.5
 
     def times(factor: float, weights: tuple[tuple[str, Any], ...]) -> dict[str, Tensor]:

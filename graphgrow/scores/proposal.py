@@ -18,6 +18,7 @@ from graphgrow.passes.prove import old_entries
 from graphgrow.passes.units import Resized, inserted
 from graphgrow.passes.weights import Given, Scheme
 from graphgrow.passes.widen import Widen
+from graphgrow.scores.departure import Departure
 from graphgrow.scores.slopes import slopes
 
 Weights = Mapping[str, Tensor]
@@ -30,8 +31,8 @@ class Proposal:
 
     `rewrite` keeps the function. `gain` is a decrease of the loss to first order, for one unit of
     what `unit` says. `parameters` and `flops` (per example, forward) are what it adds. `target` is
-    what the new units' weights would be beyond that, if the method says so: a separate step (see
-    `amplify`) goes there.
+    where weights would go beyond that, if the method says so: a separate step (see `amplify`) goes
+    there.
     """
 
     rewrite: Widen
@@ -39,7 +40,7 @@ class Proposal:
     unit: str
     parameters: int
     flops: int
-    target: Given | None = None
+    target: Given | Departure | None = None
 
 
 def untied(graph: Graph, moments: Mapping[str, Moments]) -> list[Moments]:
@@ -112,19 +113,8 @@ class Site:
         }
 
     def neutral(self) -> dict[str, Tensor]:
-        """Return entries with which norms and biases change nothing: one or zero for each unit.
-
-        A batch norm gets scale and variance one, shift and mean zero; a bias is zero.
-        """
-        found: dict[str, Tensor] = {}
-        carriers = {at.path: at for at in self.graph.axes[self.moments.axis].carriers}
-        for step in self.graph.analysis.steps:
-            for path, value in _neutral(self.graph, step).items():
-                if path in carriers:
-                    places = self.change.at(path, carriers[path].dim).shape[1]
-                    size = (len(self.change.new), places)
-                    found[path] = torch.full(size, value, dtype=torch.double)
-        return found
+        """Return entries with which norms and biases change nothing (see `neutral`)."""
+        return neutral(self.graph, self.change)
 
     def follow(self, carried: Weights) -> Follower:
         """Return new units followed, with zero incoming weights and these other entries."""
@@ -149,11 +139,37 @@ class Site:
         self, weights: Given, gain: float, unit: str, target: Given | None = None
     ) -> Proposal:
         """Return the proposal of these weights with their cost."""
-        widths = self.change.widths()
-        more = parameters(self.graph, widths) - parameters(self.graph)
-        work = flops(self.graph, widths) - flops(self.graph)
         rewrite = Widen(self.moments.axis, len(self.change.new), weights=weights)
-        return Proposal(rewrite, gain, unit, more, work, target)
+        return costed(self.graph, rewrite, gain, unit, target)
+
+
+def costed(
+    graph: Graph,
+    rewrite: Widen,
+    gain: float,
+    unit: str,
+    target: Given | Departure | None = None,
+) -> Proposal:
+    """Return the proposal of a rewrite with what it adds in parameters and FLOPs."""
+    widths = dict(graph.analysis.widths())
+    widths[rewrite.axis] += rewrite.units
+    more = parameters(graph, widths) - parameters(graph)
+    return Proposal(rewrite, gain, unit, more, flops(graph, widths) - flops(graph), target)
+
+
+def neutral(graph: Graph, change: Resized) -> dict[str, Tensor]:
+    """Return new units' entries with which norms and biases change nothing, by path.
+
+    A batch norm gets scale and variance one, shift and mean zero; a bias is zero.
+    """
+    found: dict[str, Tensor] = {}
+    carriers = {at.path: at for at in graph.axes[change.axis].carriers}
+    for step in graph.analysis.steps:
+        for path, value in _neutral(graph, step).items():
+            if path in carriers:
+                size = len(change.new), change.at(path, carriers[path].dim).shape[1]
+                found[path] = torch.full(size, value, dtype=torch.double)
+    return found
 
 
 def _neutral(graph: Graph, step: Step) -> dict[str, float]:
