@@ -49,7 +49,7 @@ class Score(Protocol):
 class ScoreOnBatches(Protocol):
     """What proposes new units from the examples themselves, where moments do not say enough."""
 
-    def proposals_on(
+    def propose(
         self, graph: Graph, batches: Batches, loss: Loss, axes: Sequence[str] | None = None
     ) -> list[Proposal]:
         """Return the proposals for axes, all that can be widened if left out."""
@@ -242,7 +242,7 @@ class Grower:
 
     def _proposals(self, batches: Batches) -> list[Proposal]:
         if isinstance(self.score, ScoreOnBatches):
-            return self.score.proposals_on(self.graph, batches, self.loss, self.where.axes)
+            return self.score.propose(self.graph, batches, self.loss, self.where.axes)
         found = moments(self.graph, batches, self.loss, self._axes(), project=self.score.project)
         return self.score.proposals(self.graph, found)
 

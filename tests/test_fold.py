@@ -18,8 +18,8 @@ from test_scores import close, double
 from torch import Tensor, nn
 
 import graphgrow as gg
+from graphgrow.measure.replica import Replica
 from graphgrow.measure.segment import boundary, margin, segment, surface
-from graphgrow.measure.trial import Trial
 from graphgrow.scores.fold import Crease, deepening
 
 
@@ -128,13 +128,13 @@ def test_a_fold_point_is_on_the_decision_boundary(name: str) -> None:
 
 def test_on_one_segment_no_point_of_the_boundary_is_nearer() -> None:
     graph, x, _ = traced("shallow", 2)
-    trial = Trial(graph)
+    replica = Replica(graph)
     mix = double([1.0, -1.0, 0.0])
     nearest = 0
     for point in x[:20]:
-        found = boundary(trial, point, mix)
+        found = boundary(replica, point, mix)
         piece = segment(graph, point)
-        w, m = mix @ piece.weight, margin(trial, point, mix)
+        w, m = mix @ piece.weight, margin(replica, point, mix)
         if found is None:
             continue
         if not close(found, point - m * w / (w @ w)):
@@ -158,8 +158,8 @@ def test_a_region_where_nothing_is_active_folds_towards_the_other_side() -> None
     graph = gg.trace(model, torch.zeros(2, 2).double())
     dead, other = double([-1.0, -1.0]), double([1.0, 1.0])
     assert not segment(graph, dead).weight.any()
-    assert boundary(Trial(graph), dead, double([1.0, -1.0])) is None
-    found = boundary(Trial(graph), dead, double([1.0, -1.0]), [other])
+    assert boundary(Replica(graph), dead, double([1.0, -1.0])) is None
+    found = boundary(Replica(graph), dead, double([1.0, -1.0]), [other])
     assert found is not None and close(found, double([0.25, 0.25]))
 
 
@@ -173,14 +173,14 @@ def test_where_steps_overshoot_the_boundary_between_them_is_found() -> None:
         model[2].weight.copy_(double([[10.0, -10.0, -9.5, 9.5]]))
         model[2].bias.zero_()
     graph = gg.trace(model, torch.zeros(2, 1).double())
-    found = boundary(Trial(graph), double([1.0]), double([1.0]))
+    found = boundary(Replica(graph), double([1.0]), double([1.0]))
     assert found is not None and abs(float(found)) < 1e-12
 
 
 def test_a_regression_folds_at_the_nearest_point_of_its_surface() -> None:
     graph, x, _ = traced("deep")
     y = double([1.0, -2.0, 0.5])
-    found = surface(Trial(graph), x[0], y)
+    found = surface(Replica(graph), x[0], y)
     piece, moved = segment(graph, x[0]), x[0].clone().requires_grad_()
     search = torch.optim.LBFGS([moved], max_iter=40, tolerance_grad=1e-13, tolerance_change=1e-16)
 
@@ -230,7 +230,7 @@ def proposed(name: str, seed: int = 0, **options: Any) -> Any:
     graph, x, y = traced(name, seed)
     score = gg.scores.Fold(2, **options)
     creases = score.creases(graph, x, y, F.cross_entropy)
-    return graph, creases, score.proposals_on(graph, [(x, y)], F.cross_entropy), [(x, y)]
+    return graph, creases, score.propose(graph, [(x, y)], F.cross_entropy), [(x, y)]
 
 
 def written(graph: gg.Graph, path: str, at: Tensor) -> Tensor:
@@ -323,7 +323,7 @@ def test_no_direction_on_a_circle_has_a_larger_gradient() -> None:
     (crease,) = gg.scores.Fold().creases(graph, x, y, F.cross_entropy)
     normal = crease.mistake - crease.point
     for align in (0.0, 0.5, 0.9):
-        (proposal,) = gg.scores.Fold(align=align, steps=40).proposals_on(
+        (proposal,) = gg.scores.Fold(align=align, steps=40).propose(
             graph, [(x, y)], F.cross_entropy
         )
         length = double(dict(proposal.rewrite.weights.incoming)["0.weight"]).norm()
@@ -340,7 +340,7 @@ def test_no_direction_nearby_has_a_larger_gradient(seed: int) -> None:
     graph, x, y = traced("shallow", seed)
     score = gg.scores.Fold(align=0.5, steps=60)
     (crease,) = score.creases(graph, x, y, F.cross_entropy)
-    (proposal,) = score.proposals_on(graph, [(x, y)], F.cross_entropy)
+    (proposal,) = score.propose(graph, [(x, y)], F.cross_entropy)
     w = double(dict(proposal.rewrite.weights.incoming)["0.weight"][0])
     normal = F.normalize(crease.mistake - crease.point, dim=0)
     for away in torch.randn(100, 3, dtype=torch.double):
@@ -371,13 +371,13 @@ def test_folds_of_random_networks_are_exact_in_both_modes(classes: bool, drawn: 
     y = torch.arange(len(x)) % 2 if classes else torch.arange(len(x)).double()
     if not x.is_floating_point():
         with pytest.raises(gg.NotApplicable, match="inputs have to be numbers"):
-            gg.scores.Fold(2).proposals_on(graph, [(x, y)], loss)
+            gg.scores.Fold(2).propose(graph, [(x, y)], loss)
         return
     if not classes:
         y = gg.lower(graph).eval()(x).detach() + 1
         loss = F.mse_loss
     try:
-        proposals = gg.scores.Fold(2, steps=2).proposals_on(graph, [(x, y)], loss)
+        proposals = gg.scores.Fold(2, steps=2).propose(graph, [(x, y)], loss)
     except gg.NotApplicable as error:
         assert "piecewise linear" in str(error)
         return

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from graphgrow.errors import NotApplicable
 from graphgrow.ir.graph import Graph
-from graphgrow.measure.trial import Trial, doubled
+from graphgrow.measure.replica import Replica, doubled
 
 STEPS, HALVINGS = 20, 60
 LEVEL = 1e-9  # a margin below this share of the outputs counts as zero
@@ -42,13 +42,13 @@ def segment(graph: Graph, x: Tensor) -> Segment:
 
     Source: Kang 2025, "activated linear segment", read off a shallow MLP there.
     """
-    return piece(Trial(graph), x)
+    return piece(Replica(graph), x)
 
 
-def piece(trial: Trial, x: Tensor) -> Segment:
-    """Return the affine segment of a trial's graph at one input."""
+def piece(replica: Replica, x: Tensor) -> Segment:
+    """Return the affine segment of a replica's graph at one input."""
     point = doubled(x).detach().clone().requires_grad_()
-    output = trial.output(point[None]).flatten()
+    output = replica.output(point[None]).flatten()
     rows = [_gradient(entry, point) for entry in output]
     _affine(output, point)
     weight = torch.stack(rows).flatten(1)
@@ -80,7 +80,9 @@ def _affine(output: Tensor, point: Tensor) -> None:
         )
 
 
-def boundary(trial: Trial, x: Tensor, mix: Tensor, others: Iterable[Tensor] = ()) -> Tensor | None:
+def boundary(
+    replica: Replica, x: Tensor, mix: Tensor, others: Iterable[Tensor] = ()
+) -> Tensor | None:
     """Return a point near `x` where `mix` `(out,)` times the outputs is zero.
 
     The nearest point of the boundary of the segment at `x`, if it lies on that segment. If not, the
@@ -92,9 +94,9 @@ def boundary(trial: Trial, x: Tensor, mix: Tensor, others: Iterable[Tensor] = ()
     Source: Kang 2025, fold point search: the first step alone, which may leave the segment.
     """
     point, first = doubled(x), None
-    start = margin(trial, point, mix)
+    start = margin(replica, point, mix)
     for _ in range(STEPS):
-        here = piece(trial, point)
+        here = piece(replica, point)
         weight, level = mix @ here.weight, LEVEL * (1 + float(here.bias.abs().max()))
         now = float(weight @ point.flatten() + mix @ here.bias)
         if abs(now) <= level:
@@ -102,42 +104,42 @@ def boundary(trial: Trial, x: Tensor, mix: Tensor, others: Iterable[Tensor] = ()
         if not weight.any():
             break
         ahead = point - (now * weight / (weight @ weight)).reshape(point.shape)
-        then = margin(trial, ahead, mix)
+        then = margin(replica, ahead, mix)
         if then * now < 0 and abs(then) > level:
-            return _between(trial, point, ahead, mix)
+            return _between(replica, point, ahead, mix)
         point, first = ahead, ahead if first is None else first
     for other in others:
-        if margin(trial, doubled(other), mix) * start < 0:
-            return _between(trial, doubled(x), doubled(other), mix)
+        if margin(replica, doubled(other), mix) * start < 0:
+            return _between(replica, doubled(x), doubled(other), mix)
     return first
 
 
-def margin(trial: Trial, x: Tensor, mix: Tensor) -> float:
+def margin(replica: Replica, x: Tensor, mix: Tensor) -> float:
     """Return `mix` times the outputs at one input."""
     with torch.no_grad():
-        return float(mix @ trial.output(x[None]).flatten())
+        return float(mix @ replica.output(x[None]).flatten())
 
 
-def _between(trial: Trial, one: Tensor, other: Tensor, mix: Tensor) -> Tensor:
+def _between(replica: Replica, one: Tensor, other: Tensor, mix: Tensor) -> Tensor:
     """Return a point of the line between two on different sides where the sign changes."""
-    sign = margin(trial, one, mix) > 0
+    sign = margin(replica, one, mix) > 0
     for _ in range(HALVINGS):
         middle = (one + other) / 2
-        if (margin(trial, middle, mix) > 0) == sign:
+        if (margin(replica, middle, mix) > 0) == sign:
             one = middle
         else:
             other = middle
     return (one + other) / 2
 
 
-def surface(trial: Trial, x: Tensor, y: Tensor) -> Tensor:
+def surface(replica: Replica, x: Tensor, y: Tensor) -> Tensor:
     """Return the input at which the segment at `x` comes nearest to the point (x, y).
 
     That is the nearest point of the regression surface, seen in the space of inputs.
 
     Source: Kang 2025, where regression curves take the place of decision boundaries.
     """
-    here = piece(trial, x)
+    here = piece(replica, x)
     missing = doubled(y).flatten() - here.weight @ doubled(x).flatten() - here.bias
     gram = torch.eye(len(missing)).to(missing) + here.weight @ here.weight.T
     step = here.weight.T @ torch.linalg.solve(gram, missing)

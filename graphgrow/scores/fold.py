@@ -18,9 +18,9 @@ from graphgrow.errors import NotApplicable
 from graphgrow.ir.analyse import Axis, ParameterDim, Slot
 from graphgrow.ir.graph import Graph
 from graphgrow.ir.rules import Kind, aten
+from graphgrow.measure.replica import Replica, doubled
 from graphgrow.measure.routes import Product, products
 from graphgrow.measure.segment import boundary, surface
-from graphgrow.measure.trial import Trial, doubled
 from graphgrow.moments import Loss
 from graphgrow.passes.deepen import Deepen
 from graphgrow.passes.identity import Identity
@@ -81,7 +81,7 @@ class Fold:
     classes: bool | None = None
     seed: int = 0
 
-    def proposals_on(
+    def propose(
         self, graph: Graph, batches: Batches, loss: Loss, axes: Sequence[str] | None = None
     ) -> list[Proposal]:
         """Return a proposal for each axis that can be folded, of those asked for or all.
@@ -107,9 +107,9 @@ class Fold:
 
     def creases(self, graph: Graph, x: Tensor, y: Any, loss: Loss) -> list[Crease]:
         """Return the folds of the worst clusters, worst first, no more than `units`."""
-        trial = Trial(graph)
+        replica = Replica(graph)
         with torch.no_grad():
-            output = trial.output(x)
+            output = replica.output(x)
         losses = _losses(output, y, loss)
         classes = not y.is_floating_point() if self.classes is None else self.classes
         scores = output.reshape(len(x), -1)
@@ -122,9 +122,9 @@ class Fold:
             if classes:
                 mix = _mix(scores[k], int(y.flatten()[k]))
                 across = (scores @ mix) * (scores[k] @ mix) < 0
-                point = boundary(trial, x[k], mix, (x[i] for i in near if across[i]))
+                point = boundary(replica, x[k], mix, (x[i] for i in near if across[i]))
             else:
-                point = surface(trial, x[k], y[k])
+                point = surface(replica, x[k], y[k])
             if point is None or torch.equal(point, doubled(x[k])):  # nothing is active there
                 point = (doubled(x[k]) + doubled(x[near[well[near]]][:1].mean(0))) / 2
             if point.isfinite().all():
@@ -171,12 +171,12 @@ class Fold:
         grown = start.edit(graph).graph
         rows = Rows(change, change.new, _dims(axis, writes))
         out = Rows(change, change.new, axis.consumers)
-        trial = Trial(grown, (*rows.paths, *out.paths))
-        planes = [_plane(trial, grown, rows, writes, k, c) for k, c in enumerate(found)]
+        replica = Replica(grown, (*rows.paths, *out.paths))
+        planes = [_plane(replica, grown, rows, writes, k, c) for k, c in enumerate(found)]
         if not all(float(plane.normal.norm()) > 0 for plane in planes):
             return None
         length = _length(rows, graph, axis)
-        ascent = _Ascent(trial, rows, out, planes, length, [data], loss)
+        ascent = _Ascent(replica, rows, out, planes, length, [data], loss)
         weights, gains = ascent.run(self.align, self.steps)
         gradient = ascent.gradient(weights, further=False)
         size = self.scale * _outgoing_length(graph, axis)
@@ -203,7 +203,7 @@ class Plane:
 class _Ascent:
     """GradMax by ascent: the gradient of new outgoing weights as a function of incoming ones."""
 
-    trial: Trial
+    replica: Replica
     rows: Rows
     out: Rows
     planes: list[Plane]
@@ -221,9 +221,9 @@ class _Ascent:
 
     def gradient(self, directions: Tensor, further: bool) -> Tensor:
         """Return the loss's gradient by the new outgoing weights, `(units, out)`."""
-        self.rows.write(self.trial.tensors, self.folded(directions))
-        value = self.trial.loss(self.data, self.loss)
-        return self.out.gradient(value, self.trial.tensors, further)
+        self.rows.write(self.replica.tensors, self.folded(directions))
+        value = self.replica.loss(self.data, self.loss)
+        return self.out.gradient(value, self.replica.tensors, further)
 
     def run(self, align: float, steps: int) -> tuple[Tensor, Tensor]:
         """Return unit directions `(units, entries)` within reach of the normals, and gains."""
@@ -244,8 +244,8 @@ class _Ascent:
     def _slope(self, gain: Tensor) -> Tensor:
         """Return the derivative of the gain by the directions, the shifts following them."""
         if not gain.requires_grad:
-            return torch.zeros_like(self.rows.read(self.trial.tensors))
-        found = self.rows.gradient(gain, self.trial.tensors)
+            return torch.zeros_like(self.rows.read(self.replica.tensors))
+        found = self.rows.gradient(gain, self.replica.tensors)
         slope = found.clone()
         for k, plane in enumerate(self.planes):
             for entry, size, at in plane.shifts:
@@ -363,13 +363,13 @@ def _dims(axis: Axis, writes: list[_Write]) -> tuple[ParameterDim, ...]:
 
 
 def _plane(
-    trial: Trial, grown: Graph, rows: Rows, writes: list[_Write], k: int, crease: Crease
+    replica: Replica, grown: Graph, rows: Rows, writes: list[_Write], k: int, crease: Crease
 ) -> Plane:
     """Return the plane of the k-th new unit through what its producers read at the fold point."""
     nodes = [write.product.step.node for write in writes]
-    seen = [trial.values(p[None], nodes)[1] for p in (crease.mistake, crease.point)]
+    seen = [replica.values(p[None], nodes)[1] for p in (crease.mistake, crease.point)]
     starts = _starts(rows)
-    normal, shifts = torch.zeros_like(rows.read(trial.tensors)[k]).detach(), []
+    normal, shifts = torch.zeros_like(rows.read(replica.tensors)[k]).detach(), []
     producers = min(starts[write.shift] for write in writes)
     for write in writes:
         one, other = (_units(grown, write.product, s, rows.change) for s in seen)
@@ -377,7 +377,7 @@ def _plane(
         for channel in range(one.shape[2]):
             unit = int(rows.change.new[k])
             there, here = (
-                rows.gradient(value[at, unit, channel], trial.tensors)[k].detach()
+                rows.gradient(value[at, unit, channel], replica.tensors)[k].detach()
                 for value in (one, other)
             )
             here[producers:] = there[producers:] = 0.0

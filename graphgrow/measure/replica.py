@@ -15,7 +15,7 @@ from graphgrow.ir.graph import Graph
 Batches = Iterable[tuple[Any, Any]]
 
 
-class Trial:
+class Replica:
     """A graph in eval mode and double precision; `tensors` are its own, by path.
 
     Gradients flow to the tensors at `paths`; those of one tensor at several paths are one. The
