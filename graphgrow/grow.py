@@ -32,6 +32,7 @@ Batches = Sequence[tuple[Any, Any]]
 Event = dict[str, Any]
 
 
+@runtime_checkable
 class Score(Protocol):
     """What proposes new units from moments; `project` says whether these must be projected."""
 
@@ -79,6 +80,15 @@ class When(Protocol):
 
     def due(self, clock: Clock) -> bool:
         """Return whether a model is to grow now."""
+        ...
+
+
+@runtime_checkable
+class Choosy(When, Protocol):
+    """A `When` that also looks at what was measured."""
+
+    def ripe(self, graph: Graph, measured: Mapping[str, Moments]) -> Mapping[str, Moments]:
+        """Return the moments of those axes that are to grow now."""
         ...
 
 
@@ -241,10 +251,18 @@ class Grower:
         return event
 
     def _proposals(self, batches: Batches) -> list[Proposal]:
-        if isinstance(self.score, ScoreOnBatches):
-            return self.score.propose(self.graph, batches, self.loss, self.where.axes)
-        found = moments(self.graph, batches, self.loss, self._axes(), project=self.score.project)
-        return self.score.proposals(self.graph, found)
+        """Return what the score proposes, for the axes that are to grow now."""
+        score, axes = self.score, self.where.axes
+        measured: Mapping[str, Moments] = {}
+        if isinstance(self.when, Choosy) or isinstance(score, Score):
+            project = isinstance(score, Score) and score.project
+            measured = moments(self.graph, batches, self.loss, self._axes(), project=project)
+        if isinstance(self.when, Choosy):
+            measured = self.when.ripe(self.graph, measured)
+            axes = tuple(measured)
+        if isinstance(score, Score):
+            return score.proposals(self.graph, measured)
+        return score.propose(self.graph, batches, self.loss, axes)
 
     def _axes(self) -> list[str]:
         names = self.where.axes or tuple(self.graph.axes)

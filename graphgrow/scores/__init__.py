@@ -5,6 +5,7 @@ from graphgrow.scores.departure import Departure
 from graphgrow.scores.firefly import Firefly
 from graphgrow.scores.fold import Fold
 from graphgrow.scores.gradmax import GradMax
+from graphgrow.scores.north import North, Orthogonality
 from graphgrow.scores.proposal import Proposal
 from graphgrow.scores.random import Random
 from graphgrow.scores.splitting import Splitting
@@ -16,6 +17,8 @@ __all__ = [
     "Firefly",
     "Fold",
     "GradMax",
+    "North",
+    "Orthogonality",
     "Proposal",
     "Random",
     "Splitting",
