@@ -16,6 +16,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 SHORT = {
     "digits.py": ["--steps", "100", "--seeds", "1"],
     "nonparametric_tasks.py": "poker --hands 4000 --ticks 4 --penalty 1e-3".split(),
+    "xng_two_units.py": "--runs 3 --steps 40".split(),
     "nonparametric_mnist.py": "--grow 3 --settle 1 --scratch 1 --images 5000".split(),
 }
 NEEDS_DATA = {"nonparametric_mnist.py"}

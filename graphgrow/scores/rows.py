@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -52,7 +53,7 @@ class Rows:
         for path, entries in self.split(values).items():
             at = next(at for at in self.dims if at.path == path)
             moved = tensors[path].detach().movedim(at.dim, 0)
-            places = self._places(at).to(moved.device)
+            places = self._places[at].to(moved.device)
             moved[places] = entries.to(moved).reshape(len(places), *moved.shape[1:])
 
     def split(self, values: Tensor) -> dict[str, Tensor]:
@@ -61,11 +62,14 @@ class Rows:
         pieces = values.detach().split(sizes, 1)
         return {at.path: piece for at, piece in zip(self.dims, pieces, strict=True)}
 
-    def _places(self, at: ParameterDim) -> Tensor:
-        return torch.from_numpy(self.change.at(at.path, at.dim)[self.units].reshape(-1))
+    @cached_property
+    def _places(self) -> dict[ParameterDim, Tensor]:
+        """The positions of the units in the dim of each tensor."""
+        found = {at: self.change.at(at.path, at.dim)[self.units].reshape(-1) for at in self.dims}
+        return {at: torch.from_numpy(places) for at, places in found.items()}
 
     def _of(self, tensor: Tensor, at: ParameterDim) -> Tensor:
-        places = self._places(at).to(tensor.device)
+        places = self._places[at].to(tensor.device)
         return tensor.index_select(at.dim, places).movedim(at.dim, 0).reshape(len(self.units), -1)
 
     def entries(self, at: ParameterDim) -> int:
