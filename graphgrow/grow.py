@@ -32,7 +32,6 @@ Batches = Sequence[tuple[Any, Any]]
 Event = dict[str, Any]
 
 
-@runtime_checkable
 class Score(Protocol):
     """What proposes new units from moments; `project` says whether these must be projected."""
 
@@ -47,7 +46,7 @@ class Score(Protocol):
 
 
 @runtime_checkable
-class ScoreOnBatches(Protocol):
+class Search(Protocol):
     """What proposes new units from the examples themselves, where moments do not say enough."""
 
     def propose(
@@ -188,7 +187,7 @@ class Grower:
         *,
         loss: Loss,
         optimizer: Optimizer,
-        score: Score | ScoreOnBatches,
+        score: Score | Search,
         when: When = Every(1),
         where: Where = Where(),
         budget: Budget = Budget(),
@@ -252,17 +251,18 @@ class Grower:
 
     def _proposals(self, batches: Batches) -> list[Proposal]:
         """Return what the score proposes, for the axes that are to grow now."""
-        score, axes = self.score, self.where.axes
-        measured: Mapping[str, Moments] = {}
-        if isinstance(self.when, Choosy) or isinstance(score, Score):
-            project = isinstance(score, Score) and score.project
-            measured = moments(self.graph, batches, self.loss, self._axes(), project=project)
+        score = self.score
+        if isinstance(score, Search) and not isinstance(self.when, Choosy):
+            return score.propose(self.graph, batches, self.loss, self.where.axes)
+        project = not isinstance(score, Search) and score.project
+        found: Mapping[str, Moments] = moments(
+            self.graph, batches, self.loss, self._axes(), project=project
+        )
         if isinstance(self.when, Choosy):
-            measured = self.when.ripe(self.graph, measured)
-            axes = tuple(measured)
-        if isinstance(score, Score):
-            return score.proposals(self.graph, measured)
-        return score.propose(self.graph, batches, self.loss, axes)
+            found = self.when.ripe(self.graph, found)
+        if isinstance(score, Search):
+            return score.propose(self.graph, batches, self.loss, tuple(found))
+        return score.proposals(self.graph, found)
 
     def _axes(self) -> list[str]:
         names = self.where.axes or tuple(self.graph.axes)

@@ -400,6 +400,24 @@ def test_folding_goes_deeper_behind_the_axis_and_keeps_the_function() -> None:
         deepening(smooth, "0")
 
 
+def test_what_an_axis_does_not_see_is_not_folded_there() -> None:
+    model = filled(mlp(2, 2, 3, 2).double(), 0)
+    with torch.no_grad():
+        model[0].weight.copy_(torch.eye(2))
+        model[0].bias.zero_()
+    x = torch.randn(20, 2, dtype=torch.double)
+    graph, data = gg.trace(model, x), (x, (x[:, 0] > 0).long())
+    unseen = Crease(double([-1.0, -1.0]), double([-2.0, -1.0]), 1.0)
+    seen = Crease(double([1.0, -1.0]), double([2.0, -1.0]), 1.0)
+
+    def units(axis: str, *found: Crease) -> int:
+        fold = gg.scores.Fold(2)._proposal(graph, graph.axes[axis], [*found], data, F.cross_entropy)
+        return 0 if fold is None else fold.rewrite.units
+
+    assert units("0", unseen, seen) == 2
+    assert units("2", unseen, seen) == 1 and units("2", unseen) == 0
+
+
 def test_a_model_is_folded_while_it_trains() -> None:
     torch.manual_seed(0)
     x = torch.randn(80, 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch.utils._pytree import tree_map
 
 from graphgrow.ir.assemble import assemble
 from graphgrow.ir.graph import Graph
+from graphgrow.ir.lower import lower
 
 Batches = Iterable[tuple[Any, Any]]
 
@@ -29,18 +31,21 @@ class Replica:
             if id(tensor) not in made:
                 made[id(tensor)] = _own(tensor, id(tensor) in free)
         self.tensors = {path: made[id(tensor)] for path, tensor in graph.state.items()}
-        self.tree = assemble(graph.modules, graph.leaves, self.tensors).eval()
-        self.structure = graph.eval
+        alone = replace(graph, train=graph.eval, state=self.tensors)
+        self.model = lower(alone).eval()
+        self.graph = graph
 
     def output(self, inputs: Any) -> Any:
         """Return the output for a batch; several inputs are a tuple."""
-        return self.values(inputs, ())[0]
+        return self.model(*_given(inputs))
 
-    def values(self, inputs: Any, nodes: Collection[str]) -> tuple[Any, dict[str, Any]]:
-        """Return the output for a batch, and the values of some nodes by name."""
-        run = _Run(self.tree, self.structure, nodes)
-        given = inputs if isinstance(inputs, tuple) else (inputs,)
-        return run.run(*tree_map(_apart, given)), run.seen
+    def values(self, inputs: Any, nodes: Collection[str]) -> dict[str, Any]:
+        """Return the values of some nodes by name."""
+        graph = self.graph
+        tree = assemble(graph.modules, graph.leaves, self.tensors).eval()
+        run = _Run(tree, graph.eval, nodes)
+        run.run(*_given(inputs))
+        return run.seen
 
     def loss(self, batches: Batches, loss: Callable[[Any, Any], Tensor]) -> Tensor:
         """Return the mean of a loss over the examples of batches, ready to be differentiated."""
@@ -74,6 +79,10 @@ def _own(tensor: Tensor, free: bool) -> Tensor:
     if isinstance(tensor, nn.Parameter):
         return nn.Parameter(values.clone() if free else values, requires_grad=free)
     return values.clone()
+
+
+def _given(inputs: Any) -> tuple[Any, ...]:
+    return tree_map(_apart, inputs if isinstance(inputs, tuple) else (inputs,))
 
 
 def _apart(value: Any) -> Any:

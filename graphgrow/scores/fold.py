@@ -64,9 +64,10 @@ class Fold:
     of present ones.
 
     Where producers read something else than the input, mistake and fold point are what they read
-    then; of a convolution, at the position where present units differ most. The gain is the squared
-    gradient of the new outgoing weights: the decrease of the loss to first order for one unit of
-    learning rate, on the examples that were looked at, `examples` at most.
+    then; of a convolution, at the position where present units differ most; of a layer called
+    several times, in its first call. The gain is the squared gradient of the new outgoing weights:
+    the decrease of the loss to first order for one unit of learning rate, on the examples that were
+    looked at, `examples` at most.
 
     The slides set the new bias to zero and take GradMax on the incoming weights, whose gradient is
     zero (their Lemma 5); we take the bias that they derive and the gradient of outgoing weights.
@@ -164,17 +165,21 @@ class Fold:
     ) -> Proposal | None:
         count = len(found)
         change = Resized(graph.analysis, axis.name, inserted(axis.width, count, None))
-        start = Widen(axis.name, count, weights=Given.of(neutral(graph, change)))
         writes = _writes(graph, axis)
-        if start.obstacle(graph) is not None or writes is None:
+        if writes is None:
             return None
-        grown = start.edit(graph).graph
+        try:
+            start = Widen(axis.name, count, weights=Given.of(neutral(graph, change)))
+            grown = start.edit(graph).graph
+        except NotApplicable:  # an obstacle of this axis: others may have none
+            return None
         rows = Rows(change, change.new, _dims(axis, writes))
         out = Rows(change, change.new, axis.consumers)
         replica = Replica(grown, (*rows.paths, *out.paths))
         planes = [_plane(replica, grown, rows, writes, k, c) for k, c in enumerate(found)]
-        if not all(float(plane.normal.norm()) > 0 for plane in planes):
-            return None
+        seen = [c for c, plane in zip(found, planes, strict=True) if plane.normal.any()]
+        if len(seen) < count:  # what the producers read is the same on both sides
+            return self._proposal(graph, axis, seen, data, loss) if seen else None
         length = _length(rows, graph, axis)
         ascent = _Ascent(replica, rows, out, planes, length, [data], loss)
         weights, gains = ascent.run(self.align, self.steps)
@@ -367,7 +372,7 @@ def _plane(
 ) -> Plane:
     """Return the plane of the k-th new unit through what its producers read at the fold point."""
     nodes = [write.product.step.node for write in writes]
-    seen = [replica.values(p[None], nodes)[1] for p in (crease.mistake, crease.point)]
+    seen = [replica.values(p[None], nodes) for p in (crease.mistake, crease.point)]
     starts = _starts(rows)
     normal, shifts = torch.zeros_like(rows.read(replica.tensors)[k]).detach(), []
     producers = min(starts[write.shift] for write in writes)
