@@ -1,4 +1,4 @@
-"""Two hidden units are one too few: folding finds the third more often than starting with three.
+"""Two hidden units are one too few: networks that fold in a third fit more often than with three.
 
     python examples/xng_two_units.py [--task sine|quadratic] [--runs 1000] [--figure fits.png]
 
@@ -10,7 +10,9 @@ reach into each other; a fit is a network that gives every point its class. Netw
 own initial weights and are trained on all points by Adam, all runs at once by batched matrix
 products. Those with three units from the start get all the steps; the grown ones get half of them
 with two units, then `Fold` adds the third, and they get the other half. So do those to which
-`Random` adds a unit, which is what growing alone brings.
+`Random` adds a unit, which is what growing alone brings: most of it. Over two draws of points with
+250 runs each, three at once fit in 46 % and 19 % of runs (sine, quadratic), with a random unit 66 %
+and 40 %, folded 72 % and 41 %. Which of the last two is ahead depends on the draw.
 
 Five minutes on an idle core for both tasks, most of it proposals for one network after the other.
 """
@@ -197,7 +199,7 @@ def main():
     if options.runs >= 100:
         for _, _, shares, _ in results.values():
             fits = {arm: int((share == 1).sum()) for arm, share in shares.items()}
-            assert fits["folded"] > 1.1 * max(fits["three at once"], fits["random unit"]), fits
+            assert fits["folded"] > 1.2 * fits["three at once"], fits
 
 
 if __name__ == "__main__":

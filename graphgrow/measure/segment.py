@@ -48,11 +48,16 @@ def segment(graph: Graph, x: Tensor) -> Segment:
 def piece(replica: Replica, x: Tensor) -> Segment:
     """Return the affine segment of a replica's graph at one input."""
     point = doubled(x).detach().clone().requires_grad_()
-    output = replica.output(point[None]).flatten()
+    output = replica.output(twice(point))[0].flatten()
     rows = [_gradient(entry, point) for entry in output]
     _affine(output, point)
     weight = torch.stack(rows).flatten(1)
     return Segment(weight, output.detach() - weight @ point.detach().flatten())
+
+
+def twice(x: Tensor) -> Tensor:
+    """Return a batch of one example, two times: torch's group norm may refuse to take one."""
+    return torch.stack([x, x])
 
 
 def _gradient(entry: Tensor, point: Tensor) -> Tensor:
@@ -117,7 +122,7 @@ def boundary(
 def margin(replica: Replica, x: Tensor, mix: Tensor) -> float:
     """Return `mix` times the outputs at one input."""
     with torch.no_grad():
-        return float(mix @ replica.output(x[None]).flatten())
+        return float(mix @ replica.output(twice(x))[0].flatten())
 
 
 def _between(replica: Replica, one: Tensor, other: Tensor, mix: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from graphgrow.ir.graph import Graph
 from graphgrow.ir.rules import Kind, aten
 from graphgrow.measure.replica import Replica, doubled
 from graphgrow.measure.routes import Product, products
-from graphgrow.measure.segment import boundary, surface
+from graphgrow.measure.segment import boundary, surface, twice
 from graphgrow.moments import Loss
 from graphgrow.passes.deepen import Deepen
 from graphgrow.passes.identity import Identity
@@ -372,7 +372,7 @@ def _plane(
 ) -> Plane:
     """Return the plane of the k-th new unit through what its producers read at the fold point."""
     nodes = [write.product.step.node for write in writes]
-    seen = [replica.values(p[None], nodes) for p in (crease.mistake, crease.point)]
+    seen = [replica.values(twice(p), nodes) for p in (crease.mistake, crease.point)]
     starts = _starts(rows)
     normal, shifts = torch.zeros_like(rows.read(replica.tensors)[k]).detach(), []
     producers = min(starts[write.shift] for write in writes)
@@ -406,7 +406,8 @@ def _units(grown: Graph, product: Product, seen: dict[str, Any], change: Resized
     dim = next(d for d, layout in enumerate(layouts) if change.axis in layout.axes())
     units = layouts[dim].units(analysis.widths(), change.axis)
     order = torch.from_numpy(np.argsort(units, kind="stable")[(units < 0).sum() :])
-    value = seen[node].movedim(dim, -1).index_select(-1, order.to(seen[node].device))
+    first = seen[node][: len(seen[node]) // 2]
+    value = first.movedim(dim, -1).index_select(-1, order.to(first.device))
     return value.reshape(-1, len(change.units), len(order) // len(change.units))
 
 
