@@ -161,7 +161,8 @@ class Grower:
     def _proposals(self, axes: list[str], batches: Batches) -> list[Proposal]:
         """Return what the score proposes for axes, for as many units as are wanted."""
         score: Any = self.score
-        if isinstance(score, Search):
+        searches = isinstance(score, Search)
+        if searches and not isinstance(self.when, Choosy):
             named = axes if self.where.turns else self.where.axes
             return score.propose(self.graph, batches, self.loss, named)
         if not axes:
@@ -171,11 +172,13 @@ class Grower:
             batches,
             self.loss,
             axes,
-            project=score.project,
+            project=getattr(score, "project", False),
             overlap=getattr(score, "overlap", False),
         )
         if isinstance(self.when, Choosy):
-            found = self.when.ripe(found)
+            found = self.when.ripe(self.graph, found)
+        if searches:
+            return score.propose(self.graph, batches, self.loss, tuple(found))
         if self.many is None:
             return score.proposals(self.graph, found)
         proposals: list[Proposal] = []

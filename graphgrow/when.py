@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
+from graphgrow.ir.graph import Graph
 from graphgrow.moments import Moments
 from graphgrow.scores.tiny import bottleneck
 
@@ -49,7 +50,7 @@ class When(Protocol):
 class Choosy(When, Protocol):
     """A `When` that also looks at what was measured."""
 
-    def ripe(self, moments: Mapping[str, Moments]) -> Mapping[str, Moments]:
+    def ripe(self, graph: Graph, measured: Mapping[str, Moments]) -> Mapping[str, Moments]:
         """Return the moments of those axes that are to grow now."""
         ...
 
@@ -105,9 +106,9 @@ class Bottleneck:
         """Return whether it is time to measure."""
         return clock.steps % self.steps == 0
 
-    def ripe(self, moments: Mapping[str, Moments]) -> Mapping[str, Moments]:
+    def ripe(self, graph: Graph, measured: Mapping[str, Moments]) -> Mapping[str, Moments]:
         """Return the moments of axes with at least that share."""
-        return {n: m for n, m in moments.items() if bottleneck(m) >= self.share * _desired(m)}
+        return {n: m for n, m in measured.items() if bottleneck(m) >= self.share * _desired(m)}
 
 
 def _desired(moments: Moments) -> float:

@@ -550,7 +550,7 @@ schemes = st.one_of(
     st.builds(gg.ZeroOutgoing, seeds),
     st.builds(gg.ZeroIncoming, st.sampled_from([None, 0.7]), seeds),
     st.builds(gg.Pairs, seeds),
-    st.builds(gg.Copy, st.none(), seeds),
+    st.builds(gg.Copy, st.none(), seeds, st.booleans()),
     st.builds(gg.MeanFill, seeds),
 )
 

@@ -19,6 +19,7 @@ SHORT = {
     "gradmax_student_teacher.py": "--repeats 1 --every 30 --last 10".split(),
     "tiny_resnet18.py": ["FOLDER", "--smoke"],
     "tiny_bottleneck.py": "--rounds 1 --images 500".split(),
+    "xng_two_units.py": "--runs 3 --steps 40".split(),
     "senn_regression.py": "--steps 60".split(),
     "senn_mnist.py": (
         "--epochs 2 --images 3000 --subsets 200 --subset-epochs 1 --candidates 4 --moves 2 --most 1"

@@ -193,6 +193,11 @@ def _is_identity(place: _Place) -> bool:
         return weight.shape[0] == weight.shape[1] and torch.equal(
             weight, torch.eye(len(weight)).to(weight)
         )
+    return _is_dirac(module, weight)
+
+
+def _is_dirac(module: Any, weight: Tensor) -> bool:
+    """Return whether a convolution gives each place what it reads there."""
     kept = module.in_channels == module.out_channels and set(module.stride) == {1}
     same = all(
         d * (k - 1) == 2 * p if isinstance(p, int) else False

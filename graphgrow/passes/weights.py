@@ -124,19 +124,21 @@ class Copy:
 
     `sources` are the old units to copy, in turn; left out, they are drawn without repetition as
     far as there are enough. Each split leaves between 5 and 50 percent of a weight to the copy, so
-    that the two parts add up to the old weight bit for bit.
+    that the two parts add up to the old weight bit for bit. With `even` it leaves half: that is for
+    methods that move the two apart afterwards, or they learn the same for ever.
 
     Source: Chen, Goodfellow & Shlens (2016), Net2Net. The split by entry, where the paper halves,
-    is ours: equal shares would learn the same for ever.
+    is ours.
     """
 
     sources: tuple[int, ...] | None = None
     seed: int = 0
+    even: bool = False
 
     def fill(self, resized: Resized, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the changed tensors, outgoing weights split."""
         fill = _Fill(resized, state, self.seed)
-        fill.copies(self._chosen(resized))
+        fill.copies(self._chosen(resized), self.even)
         return fill.tensors
 
     def _chosen(self, resized: Resized) -> np.ndarray:
@@ -337,14 +339,15 @@ class _Fill:
         for at in self.axis.consumers:
             self._write(at, second, -self._read(at, first))
 
-    def copies(self, sources: np.ndarray) -> None:
+    def copies(self, sources: np.ndarray, even: bool) -> None:
         """Copy old units into the new ones and split their outgoing weights."""
         old, new = self.resized.old, self.resized.new
         for at in self.axis.consumers:
             for k, source in enumerate(sources):
                 whole = self._read(at, old[source : source + 1])
                 seed = ParameterDim(f"{at.path}#{k}", at.dim)
-                share = self._drawn(seed, whole).abs().clamp(max=2) * 0.2 + 0.5
+                drawn = self._drawn(seed, whole).abs().clamp(max=2)
+                share = torch.full_like(drawn, 0.5) if even else drawn * 0.2 + 0.5
                 kept = (whole.double() * share).to(whole)
                 self._write(at, old[source : source + 1], kept)
                 self._write(at, new[k : k + 1], whole - kept)

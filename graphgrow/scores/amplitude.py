@@ -1,4 +1,4 @@
-"""The step that TINY takes beyond growing: new units get their weights, as far as that helps."""
+"""The step beyond growing that some methods take: to where their units lead, as far as it helps."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from graphgrow.moments import Loss
 from graphgrow.passes.rewrite import Grown
 from graphgrow.passes.units import Resized, gather, inserted
 from graphgrow.passes.weights import Given
+from graphgrow.scores.departure import Departure
 from graphgrow.scores.proposal import Proposal
 
 Batches = Sequence[tuple[Any, Any]]
@@ -37,14 +38,15 @@ def amplify(
     loss: Loss,
     amplitudes: Iterable[float] = AMPLITUDES,
 ) -> Amplified:
-    """Give new units √γ times their target weights on both sides, and return what that changed.
+    """Go from a rewrite to its proposal's target by a line search, and return what that changed.
 
-    γ is that of `amplitudes` with the smallest mean loss on `batches`, in eval mode, each tried
-    with both signs of the outgoing weights (a negative γ: the paper's activations are linear, ReLU
-    is not); 0, and nothing is written, where none is smaller than before. Where the proposal has an
-    update of present weights, |γ| times that is added. The numbers are written into the tensors of
-    `grown.graph`, so that an optimizer that holds them goes on; biases that the graph before growth
-    shares change there too.
+    Where the target is weights (TINY's), new units get √γ times them on both sides, outgoing ones
+    with the sign of γ (the paper's activations are linear, ReLU is not); where it is a `Departure`,
+    γ is the step along it. γ is that of `amplitudes`, each tried with both signs, with the smallest
+    mean loss on `batches`, in eval mode; 0, and nothing is written, where none is smaller than
+    before. Where the proposal has an update of present weights, |γ| times that is added. The
+    numbers are written into the tensors of `grown.graph`, so that an optimizer that holds them goes
+    on; biases that the graph before growth shares change there too.
 
     Raises:
         ValueError: where the proposal has no target.
@@ -77,8 +79,8 @@ def settle(
 
     Source: Verbockhaven et al. 2024, appendix D.3.1.
     """
-    if proposal.target is None:
-        raise ValueError(f"cannot settle {proposal.place}: the proposal has no target")
+    if not isinstance(proposal.target, Given):
+        raise ValueError(f"cannot settle {proposal.place}: the proposal has no target weights")
     before = mean_loss(grown.graph, batches, loss)
     target = proposal.target
     write(grown, Given.of(_sized(target.incoming, size), _sized(target.outgoing, size)))
@@ -150,8 +152,11 @@ def _add(graph: Graph, update: Mapping[str, Tensor], gamma: float) -> None:
 
 
 def go(grown: Grown, proposal: Proposal, gamma: float) -> None:
-    """Write a proposal's target at amplitude γ and add |γ| times its update of present weights."""
-    write(grown, amplified(proposal, gamma))
+    """Go to a proposal's target at amplitude γ and add |γ| times its update of present weights."""
+    if isinstance(proposal.target, Departure):
+        proposal.target.add(grown, gamma)
+    else:
+        write(grown, amplified(proposal, gamma))
     wider = {
         path: gather(change, grown.origin[path]) if path in grown.origin else change
         for path, change in proposal.update.items()
@@ -161,7 +166,7 @@ def go(grown: Grown, proposal: Proposal, gamma: float) -> None:
 
 def amplified(proposal: Proposal, gamma: float) -> Given:
     """Return √|γ| times a proposal's target on both sides, outgoing weights with the sign of γ."""
-    assert proposal.target is not None
+    assert isinstance(proposal.target, Given)
     root = abs(gamma) ** 0.5
 
     def times(factor: float, weights: tuple[tuple[str, Any], ...]) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from graphgrow.passes.rewrite import Grown, TensorOrigin
 from graphgrow.passes.units import Resized, gather, inserted
 from graphgrow.passes.weights import Given
 from graphgrow.passes.widen import Widen
+from graphgrow.scores.departure import Departure
 from graphgrow.scores.proposal import Proposal
 
 
@@ -35,8 +36,20 @@ def carried(proposal: Proposal, grown: Grown) -> Proposal:
     weights, target = own.weights, proposal.target
     if isinstance(weights, Given):
         weights = _fitted(weights, own, grown)
-    target = None if target is None else _fitted(target, own, grown)
+    if isinstance(target, Departure):
+        _check_apart(target, own, grown)
+    elif target is not None:
+        target = _fitted(target, own, grown)
     return replace(proposal, rewrite=replace(own, weights=weights), target=target, update=update)
+
+
+def _check_apart(departure: Departure, own: Widen, grown: Grown) -> None:
+    shared = [path for path, _ in departure.weights if path in grown.origin]
+    if shared:
+        raise NotApplicable(
+            f"cannot widen axis '{own.axis}' in one growth with '{grown.rewrites[0].axis}': both "
+            f"change '{shared[0]}'; let them grow one after the other"
+        )
 
 
 def _fitted(weights: Given, own: Widen, grown: Grown) -> Given:

@@ -21,6 +21,7 @@ from graphgrow.passes.prove import old_entries
 from graphgrow.passes.units import Resized, inserted
 from graphgrow.passes.weights import Given, Scheme
 from graphgrow.passes.widen import Widen
+from graphgrow.scores.departure import Departure
 from graphgrow.scores.slopes import slopes
 
 Weights = Mapping[str, Tensor]
@@ -33,8 +34,8 @@ class Proposal:
 
     `rewrite` keeps the function. `gain` is a decrease of the loss to first order, for one unit of
     what `unit` says. `parameters` and `flops` (per example, forward) are what it adds. `target` is
-    what the new units' weights would be beyond that, if the method says so, and `update` what is
-    added to present weights then, by path: a separate step (see `amplify`) goes there.
+    where weights would go beyond that, if the method says so, and `update` what is added to present
+    weights then, by path: a separate step (see `amplify`) goes there.
     """
 
     rewrite: Widen | Deepen
@@ -42,7 +43,7 @@ class Proposal:
     unit: str
     parameters: int
     flops: int
-    target: Given | None = None
+    target: Given | Departure | None = None
     update: Weights = field(default_factory=dict, compare=False)
 
     @property
@@ -135,20 +136,8 @@ class Site:
         }
 
     def neutral(self) -> dict[str, Tensor]:
-        """Return entries with which norms and biases change nothing: one or zero for each unit.
-
-        A batch norm gets scale and variance one, shift and mean zero; a bias is zero; a filter of
-        a unit's own is one at its centre.
-        """
-        found = self.filters()
-        carriers = {at.path: at for at in self.graph.axes[self.moments.axis].carriers}
-        for step in self.graph.analysis.steps:
-            for path, value in _neutral(self.graph, step).items():
-                if path in carriers:
-                    places = self.change.at(path, carriers[path].dim).shape[1]
-                    size = (len(self.change.new), places)
-                    found[path] = torch.full(size, value, dtype=torch.double)
-        return found
+        """Return entries with which norms, biases and filters of a unit's own change nothing."""
+        return {**self.filters(), **neutral(self.graph, self.change)}
 
     def filters(self) -> dict[str, Tensor]:
         """Return entries of filters of each unit's own that pass on their centre alone.
@@ -193,11 +182,38 @@ class Site:
         update: Weights | None = None,
     ) -> Proposal:
         """Return the proposal of these weights with their cost."""
-        widths = self.change.widths()
-        more = parameters(self.graph, widths) - parameters(self.graph)
-        work = flops(self.graph, widths) - flops(self.graph)
         rewrite = Widen(self.moments.axis, len(self.change.new), weights=weights)
-        return Proposal(rewrite, gain, unit, more, work, target, update or {})
+        return costed(self.graph, rewrite, gain, unit, target, update)
+
+
+def costed(
+    graph: Graph,
+    rewrite: Widen,
+    gain: float,
+    unit: str,
+    target: Given | Departure | None = None,
+    update: Weights | None = None,
+) -> Proposal:
+    """Return the proposal of a rewrite with what it adds in parameters and FLOPs."""
+    widths = dict(graph.analysis.widths())
+    widths[rewrite.axis] += rewrite.units
+    more, work = (count(graph, widths) - count(graph) for count in (parameters, flops))
+    return Proposal(rewrite, gain, unit, more, work, target, update or {})
+
+
+def neutral(graph: Graph, change: Resized) -> dict[str, Tensor]:
+    """Return new units' entries with which norms and biases change nothing, by path.
+
+    A batch norm gets scale and variance one, shift and mean zero; a bias is zero.
+    """
+    found: dict[str, Tensor] = {}
+    carriers = {at.path: at for at in graph.axes[change.axis].carriers}
+    for step in graph.analysis.steps:
+        for path, value in _neutral(graph, step).items():
+            if path in carriers:
+                size = len(change.new), change.at(path, carriers[path].dim).shape[1]
+                found[path] = torch.full(size, value, dtype=torch.double)
+    return found
 
 
 def _neutral(graph: Graph, step: Step) -> dict[str, float]:
