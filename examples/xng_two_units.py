@@ -10,11 +10,12 @@ reach into each other; a fit is a network that gives every point its class. Netw
 own initial weights and are trained on all points by Adam, all runs at once by batched matrix
 products. Those with three units from the start get all the steps; the grown ones get half of them
 with two units, then `Fold` adds the third, and they get the other half. So do those to which
-`Random` adds a unit, which is what growing alone brings: most of it. Over two draws of points with
-250 runs each, three at once fit in 46 % and 19 % of runs (sine, quadratic), with a random unit 66 %
-and 40 %, folded 72 % and 41 %. Which of the last two is ahead depends on the draw.
+`Random` adds a unit, which is what growing alone brings: most of it. With 1000 runs, three at once
+fit in 45 % and 20 % of runs (sine, quadratic), with a random unit 55 % and 37 %, folded 70 % and
+46 %. On other points (`--seed 1`, 250 runs) it was 46 % and 19 %, 73 % and 42 %, 70 % and 34 %:
+folding is ahead of three at once on both, of a random unit only on the first.
 
-Five minutes on an idle core for both tasks, most of it proposals for one network after the other.
+Four minutes on an idle core for both tasks, most of it proposals for one network after the other.
 """
 
 import argparse
