@@ -9,8 +9,9 @@ cache once more, `--only-table` nothing. A run that was stopped goes on where it
 torchvision, timm and transformers (requirements/zoo.txt); the largest models need some 20 GB.
 
 Of each model: every axis without an obstacle is widened by the smallest prime from 3 on that
-divides no width in it, all of them at once, and a sample of ALONE of them each alone; the new units
-are removed again; so are zero units put among the old ones; layers that are the identity are
+divides no width in it, all of them at once, and a sample of ALONE of them each alone; where that is
+refused (streams with norms behind them, or dropout), by a copy of all its units; the new units are
+removed again; so are zero units put among the old ones; layers that are the identity are
 inserted at up to LAYERS places. Outputs are compared in train and in eval mode.
 """
 
@@ -46,6 +47,7 @@ import vision
 import graphgrow as gg
 
 ALONE, LAYERS = 3, 5
+WHOLE = "grows by whole copies only:"
 ANALYSIS_LIMIT, LIMIT = 60, 900  # seconds of CPU to trace and analyse, and of time for all
 
 Found = dict[str, Any]
@@ -206,16 +208,23 @@ def widened(model: nn.Module, graph: gg.Graph, inputs: architectures.Inputs) -> 
     """Return what widening did, at once and alone, and removing after it."""
     units = odd_number(graph)
     free = [axis.name for axis in graph.axes.values() if axis.obstacle is None]
-    together, fits, refused = graph, [], []
+    together, more, refused = graph, dict[str, int](), []
     for name in free:
         try:
             together = gg.apply(together, gg.Widen(name, units), verify=False).graph
-            fits.append(name)
+            more[name] = units
         except gg.NotApplicable as error:
-            refused.append(str(error).split(": ", 1)[1])
+            width, sentence = together.axes[name].width, str(error).split(": ", 1)[1]
+            copies = gg.Widen(name, width, weights=gg.Copy())
+            if copies.obstacle(together) is None:
+                together = gg.apply(together, copies, verify=False).graph
+                more[name], sentence = width, f"{WHOLE} {sentence}"
+            refused.append(sentence)
+    fits = [name for name, count in more.items() if count == units]
     found: Found = {"units": units, "widened": len(fits), "refused_axes": counted(refused)}
+    found["copied"] = len(more) - len(fits)
     found["together"] = gg.compare(model, together, **inputs).relative
-    found["back"] = gap(graph, back(graph, together, fits, units, at_end=True))
+    found["back"] = gap(graph, back(graph, together, more, at_end=True))
     found["alone"] = found["zeros"] = 0
     found["alone_difference"] = 0.0
     for name in fits[:: -(-len(fits) // ALONE)] if fits else ():
@@ -226,7 +235,7 @@ def widened(model: nn.Module, graph: gg.Graph, inputs: architectures.Inputs) -> 
         zeros = gg.Widen(name, units, 0, gg.ZeroIncoming())
         with contextlib.suppress(gg.NotApplicable):
             among = gg.apply(graph, zeros, verify=False).graph
-            same = gap(graph, back(graph, among, [name], units, at_end=False))
+            same = gap(graph, back(graph, among, {name: units}, at_end=False))
             found["zeros"] += 1
             found["back"] = max(found["back"], same)
     return found
@@ -238,11 +247,9 @@ def odd_number(graph: gg.Graph) -> int:
     return next(p for p in (3, 5, 7, 11, 13, 17, 19, 23) if all(w % p for w in widths))
 
 
-def back(
-    before: gg.Graph, grown: gg.Graph, names: list[str], units: int, *, at_end: bool
-) -> gg.Graph:
+def back(before: gg.Graph, grown: gg.Graph, more: dict[str, int], *, at_end: bool) -> gg.Graph:
     """Return the grown graph without the new units, which are at the end of their axes or first."""
-    for name in reversed(names):
+    for name, units in reversed(more.items()):
         first = before.axes[name].width if at_end else 0
         removal = gg.Remove(name, tuple(range(first, first + units)))
         grown = gg.apply(grown, removal, verify=False).graph
@@ -278,17 +285,19 @@ HEAD = """# The zoo
 
 `{command}`: {count} of {of} models, torch {torch}, random weights, all of them stirred,
 float64, one thread, {minutes:.0f} minutes of CPU in all. Every axis without an obstacle is widened
-by a prime that divides no width in the model: all at once, and up to {alone} of them each alone;
-the new units, and zero units put among the old, are removed again; identity layers are inserted at
-up to {layers} places.
+by a prime that divides no width in the model, or else by a copy of all its units: all at once, and
+up to {alone} of them each alone; the new units, and zero units put among the old, are removed
+again; identity layers are inserted at up to {layers} places.
 
 {sums}
 
-*of the possible*: without the axes whose sentence below has no number in *possible*: sizes of
-inputs and outputs, places in space and time, tables by place, dims of one. Axes that norms or
-dropout keep from growing count as possible, although some of them are not.
+*of the possible*: widened by the prime or by copies, without the axes whose sentence below has
+no number in *possible*: sizes of inputs and outputs, places in space and time, tables by place,
+dims of one. Axes that norms or dropout keep from growing count as possible, although some of them
+are not.
 
-*widened*: axes, of all; *alone*: of these, each by itself; *zeros*: zero units put in and removed;
+*widened*: axes, of all, and by copies; *alone*: of these, each by itself; *zeros*: zero units put
+in and removed;
 *back*: by how much the tensors differ after removing, 0 is bit for bit; *layers*: inserted;
 *difference*: of the outputs, the largest of all, relative, in train and eval mode, except for what
 inserted layers cost (*deeper*; their factors are inverted, and the proof bounds that); *seconds*:
@@ -326,7 +335,8 @@ def table(results: list[Found], of: int) -> str:
         layers=LAYERS,
         sums=sums(results),
         sentences="\n".join(
-            f"| {i} | {counts[said]} | {'' if said.startswith(NEVER) else counts[said]} "
+            f"| {i} | {counts[said]} "
+            f"| {'' if said.startswith((*NEVER, WHOLE)) else counts[said]} "
             f"| {models[said]} | {said} |"
             for said, i in numbers.items()
         ),
@@ -343,19 +353,23 @@ def others(found: Found) -> collections.Counter[str]:
 
 def sums(results: list[Found]) -> str:
     """Return the rows of sums, by library and of all."""
-    rows = ["| library | models | trace | axes | widened | of the possible | largest difference |"]
-    rows += ["|---|---|---|---|---|---|---|"]
+    rows = [
+        "| library | models | trace | axes | widened | by copies | of the possible | difference |"
+    ]
+    rows += ["|---|---|---|---|---|---|---|---|"]
     libraries = dict.fromkeys(found["name"].partition("/")[0] for found in results)
     for library in (*libraries, "all"):
         here = [f for f in results if library in ("all", f["name"].partition("/")[0])]
         done = [found for found in here if "total" in found and "axes" in found]
-        axes_, wide = (sum(found.get(key, 0) for found in here) for key in ("axes", "widened"))
+        axes_, wide, copied = (
+            sum(found.get(key, 0) for found in here) for key in ("axes", "widened", "copied")
+        )
         never = sum(n for f in here for s, n in others(f).items() if s.startswith(NEVER))
         worst = max((difference(found) for found in done), default=0.0)
-        share = 100 * wide / max(axes_ - never, 1)
+        share = 100 * (wide + copied) / max(axes_ - never, 1)
         traced = sum("axes" in found for found in here)
         rows.append(
-            f"| {library} | {len(here)} | {traced} | {axes_} | {wide} "
+            f"| {library} | {len(here)} | {traced} | {axes_} | {wide} | {copied} "
             f"| {share:.1f} % of {axes_ - never} | {worst:.0e} |"
         )
     return "\n".join(rows)
@@ -395,7 +409,8 @@ def line(found: Found, numbers: dict[str, int]) -> str:
         return f"| {found['name']} | {failed} |"
     said = ", ".join(f"{n} × {numbers.get(s, '?')}" for s, n in others(found).most_common())
     return (
-        f"| {found['name']} | {found['widened']} of {found['axes']} | {found['alone']} "
+        f"| {found['name']} | {found['widened']} + {found['copied']} of {found['axes']} "
+        f"| {found['alone']} "
         f"| {found['zeros']} | {found['back']:.0e} | {found['layers']} | {difference(found):.0e} "
         f"| {found['deeper']:.0e} | {found['seconds']:.1f} | {said} |"
     )
