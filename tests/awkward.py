@@ -417,8 +417,6 @@ class WeightNorm(nn.Module):
     fixed={
         "a.parametrizations.weight.original": "is fixed by the attributes of ParametrizedConv2d",
         "a.parametrizations.weight.original.1": "is fixed by the attributes of ParametrizedConv2d",
-        "a.parametrizations.weight.original.2": "is fixed by the attributes of ParametrizedConv2d",
-        "a.parametrizations.weight.original.3": "is fixed by the attributes of ParametrizedConv2d",
     },
 )
 class SpectralNorm(nn.Module):

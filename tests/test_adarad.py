@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from strategies import networks
 from torch import Tensor, nn
@@ -105,6 +105,14 @@ def noise(like: Tensor, seed: int) -> Tensor:
 sizes = st.lists(st.integers(1, 5), min_size=2, max_size=4)
 
 
+def nearly_parallel(weight, gradient):
+    """Return whether what is left of a gradient across some fan-in is mostly rounding."""
+    weight, gradient = weight.detach(), gradient.detach()
+    along = (weight * gradient).sum(1).square()
+    whole = weight.square().sum(1) * gradient.square().sum(1)
+    return weight.shape[1] > 1 and bool((whole - along < 1e-4 * whole).any())
+
+
 @pytest.mark.parametrize("kind", [gg.AdaRad, gg.AdaRadM])
 @given(
     sizes=sizes,
@@ -137,6 +145,7 @@ def test_steps_are_those_of_the_algorithm(
     for t in range(6):
         for k, layer in enumerate(model[::2]):
             layer.weight.grad = noise(layer.weight, 100 * seed + 10 * t + k)
+            assume(not nearly_parallel(layer.weight, layer.weight.grad))
         literal.step([layer.weight.grad.T for layer in model[::2]])
         optimizer.step()
         for layer, expected in zip(model[::2], literal.weights, strict=True):

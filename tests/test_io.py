@@ -293,8 +293,8 @@ def test_a_newer_format_is_refused_and_the_sentence_says_who_reads_it(path):
 
 def test_a_journal_with_an_unknown_rewrite_is_refused(path):
     save(path, grown_net()[0])
-    edited(path, version="9.1.0", journal=[{"kind": "Fold", "axis": "fc1"}])
-    refused(path, Net(), "journal was written by graphgrow 9.1.0 .*'Fold'")
+    edited(path, version="9.1.0", journal=[{"kind": "Knit", "axis": "fc1"}])
+    refused(path, Net(), "journal was written by graphgrow 9.1.0 .*'Knit'")
 
 
 def test_a_model_of_other_widths_is_refused(path):

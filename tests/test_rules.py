@@ -1180,7 +1180,7 @@ def pointwise_operators() -> list[torch._ops.OpOverload]:
             func = getattr(packet, which)
             needed = tuple(str(a.type) for a in func._schema.arguments if not a.has_default_value())
             given_back = "out" in which.lower() or which == "grad_input"
-            masked = "masked_fill" in which + packet.__name__  # its second tensor is a mask
+            masked = packet.__name__ in ("where", "masked_fill", "masked_fill_")
             if row_of(func) is rules.POINTWISE and needed in TENSORS and not given_back | masked:
                 found.append(func)
     return found
@@ -1290,6 +1290,16 @@ SAID: tuple[tuple[torch._ops.OpOverload, tuple[Any, ...], str], ...] = (
     (aten.mean.dim, (t(2, 3, 4), [1]), "a b c -> a c"),
     (aten.amax.default, (t(2, 3, 4), [-1, 0], True), "a! b c! -> 1 b 1"),
     (aten.sum.dim_IntList, (t(2, 3, 4), [1]), "a b c -> a c"),
+    (
+        aten.scatter.value,
+        (t(2, 5, 4), 1, t(2, 3, 4, kind="whole"), 0.0),
+        "a b! c, a d! c -> a b! c",
+    ),
+    (
+        aten._pack_padded_sequence.default,
+        (t(3, 2, 4), t(2, kind="lengths", high=3), False),
+        "a! b! c, d! -> e! c, f!",
+    ),
     (aten.norm.ScalarOpt_dim, (t(2, 3, 4), 2, [1]), "a b c -> a c"),
     (aten.norm.ScalarOpt_dim, (t(2, 3, 4), -1, [1]), "a b! c -> a c"),
     (aten._to_copy.default, (t(2, 3),), "a b -> a b"),

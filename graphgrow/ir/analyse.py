@@ -219,12 +219,12 @@ class _Interpreter(fx.Interpreter):
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         recurrent = isinstance(self.submodules[target], nn.RNNBase)
-        with _without_kernels() if recurrent else nullcontext():
+        with without_kernels() if recurrent else nullcontext():
             return super().call_module(target, args, kwargs)
 
 
 @contextmanager
-def _without_kernels() -> Iterator[None]:
+def without_kernels() -> Iterator[None]:
     """Run recurrent layers as the operators that a step consists of, not as one of a library."""
     before = torch._C._get_mkldnn_enabled(), torch._C._get_cudnn_enabled()
     torch._C._set_mkldnn_enabled(False)

@@ -7,6 +7,7 @@ is watched is what each weight reads, and the gradient of the loss at what it wr
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
+from graphgrow.ir.analyse import without_kernels
 from graphgrow.ir.assemble import assemble
 from graphgrow.ir.graph import Graph
 from graphgrow.ir.rules import Kind, row_of
@@ -104,7 +106,10 @@ class _Run(fx.Interpreter):
         expected = self.calls.get(n.name)
         if expected is None:
             return super().run_node(n)
-        with _Watch(n.name, expected, self.read, self.attended) as watch:
+        # as the analysis saw it: recurrent layers step by step
+        recurrent = n.op == "call_module" and isinstance(self.submodules[str(n.target)], nn.RNNBase)
+        kernels = without_kernels() if recurrent else nullcontext()
+        with kernels, _Watch(n.name, expected, self.read, self.attended) as watch:
             result = super().run_node(n)
         watch.finish()
         product = self.wanted.get(n.name)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
+from graphgrow.ir.analyse import without_kernels
 from graphgrow.ir.assemble import assemble
 from graphgrow.ir.graph import Graph
 from graphgrow.ir.lower import lower
@@ -37,14 +40,16 @@ class Replica:
 
     def output(self, inputs: Any) -> Any:
         """Return the output for a batch; several inputs are a tuple."""
-        return self.model(*_given(inputs))
+        with _twice_differentiable():
+            return self.model(*_given(inputs))
 
     def values(self, inputs: Any, nodes: Collection[str]) -> dict[str, Any]:
         """Return the values of some nodes by name."""
         graph = self.graph
         tree = assemble(graph.modules, graph.leaves, self.tensors).eval()
         run = _Run(tree, graph.eval, nodes)
-        run.run(*_given(inputs))
+        with _twice_differentiable():
+            run.run(*_given(inputs))
         return run.seen
 
     def loss(self, batches: Batches, loss: Callable[[Any, Any], Tensor]) -> Tensor:
@@ -55,6 +60,14 @@ class Replica:
             total = total + loss(self.output(inputs), tree_map(doubled, target)) * examples
             count += examples
         return total / max(count, 1)
+
+
+def _twice_differentiable() -> AbstractContextManager[Any]:
+    """Let attention and recurrent layers run as operators whose gradients have gradients."""
+    stack = ExitStack()
+    stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+    stack.enter_context(without_kernels())
+    return stack
 
 
 class _Run(fx.Interpreter):
