@@ -657,7 +657,7 @@ class Growing(RuleBasedStateMachine):
     @initialize(net=networks())
     def start(self, net: Drawn) -> None:
         self.net, self.graph, self.model = net, net.trace(), net.model
-        self.added: list[tuple[str, tuple[int, ...]]] = []
+        self.added: list[tuple[str, tuple[int, ...], bool]] = []
 
     def room(self) -> list[str]:
         return [n for n, a in self.graph.axes.items() if a.obstacle is None and a.width < 10]
@@ -672,13 +672,15 @@ class Growing(RuleBasedStateMachine):
             self.graph = gg.apply(self.graph, rewrite).graph
             first = width if rewrite.at is None else rewrite.at
             count = self.graph.axes[name].width - width
-            self.added = [(n, u) for n, u in self.added if n != name]
-            self.added.append((name, tuple(range(first, first + count))))
+            unread = isinstance(self.graph.journal[-1].weights, gg.ZeroOutgoing)
+            # columns drawn for units of another axis make the rows of copies and pairs differ
+            self.added = [a for a in self.added if a[0] != name and (unread or a[2])]
+            self.added.append((name, tuple(range(first, first + count)), unread))
 
     @precondition(lambda self: self.added)
     @rule(data=st.data())
     def remove(self, data: st.DataObject) -> None:
-        name, units = self.added.pop(data.draw(st.integers(0, len(self.added) - 1)))
+        name, units, _ = self.added.pop(data.draw(st.integers(0, len(self.added) - 1)))
         self.graph = gg.apply(self.graph, gg.Remove(name, units)).graph
 
     @precondition(lambda self: len(self.graph.modules) < 40)
