@@ -147,6 +147,26 @@ class AttentionChunks(nn.Module):
         return self.o((weights @ v).transpose(1, 2).flatten(2))
 
 
+@case((2, 5, 8), "layers.0.0(4) layers.0.2(6) layers.0.3(8) layers.1.2(6) layers.1.3(8)")
+class AttentionSharedTable(nn.Module):
+    """Two layers multiply their queries and keys with one table: one factor of each is zero."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(
+            nn.ModuleList([nn.Linear(8, 4), nn.Linear(8, 4), nn.Linear(8, 6), nn.Linear(6, 8)])
+            for _ in range(2)
+        )
+        self.register_buffer("table", torch.arange(4.0) / 4 + 0.5)
+        self.o = nn.Linear(8, 3)
+
+    def forward(self, x):
+        for q, k, v, o in self.layers:
+            weights = (q(x) * self.table) @ (k(x) * self.table).transpose(-2, -1)
+            x = o(weights.softmax(-1) @ v(x))
+        return self.o(x)
+
+
 @case((2, 5, 8), "qkv[0](2) qkv[2](4)", fixed={"qkv[1]": "is picked from by position"})
 class AttentionHeadsFirst(nn.Module):
     """Each head has its query, key and value side by side, as in Bloom."""

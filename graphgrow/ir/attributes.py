@@ -86,7 +86,7 @@ def _prelu(m: Any, s: Sizes) -> dict[str, Any]:
 
 
 def _layer_norm(m: Any, s: Sizes) -> dict[str, Any]:
-    last = s.input[-len(m.normalized_shape) :]
+    last = s.tensors.get("weight") or s.input[-len(m.normalized_shape) :]
     return {"normalized_shape": tuple(layout.size(s.after) for layout in last)}
 
 

@@ -74,10 +74,13 @@ class Widen:
         if is_averaged(analysis, axis.name):
             return (ZeroIncoming(), MeanFill(), Copy())
         even = (Pairs(),) if self.units % 2 == 0 else ()
-        alone = (ZeroIncoming(paths=(at.path,)) for at in axis.producers[1:] + axis.producers[:1])
-        factors = tuple(alone) if len(axis.producers) > 1 else ()
+        paths = tuple(at.path for at in axis.producers)
+        factors = [(path,) for path in paths[1:] + paths[:1]] if len(paths) > 1 else []
+        if len(paths) > 2:  # layers that share a rotary table: the keys of all, or all queries
+            factors += [paths[1::2], paths[::2]]
+        alone = (ZeroIncoming(paths=chosen) for chosen in factors)
         parts = (ZeroOutgoing(factor=factor) for factor in _factors(axis, analysis))
-        return (ZeroOutgoing(), ZeroIncoming(), *factors, *parts, *even, Copy())
+        return (ZeroOutgoing(), ZeroIncoming(), *alone, *parts, *even, Copy())
 
     def _checked(self, graph: Graph) -> Axis:
         axis = graph.axis(self.axis)
