@@ -7,7 +7,6 @@ is watched is what each weight reads, and the gradient of the loss at what it wr
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -15,7 +14,6 @@ from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from graphgrow.ir.analyse import without_kernels
 from graphgrow.ir.assemble import assemble
 from graphgrow.ir.graph import Graph
 from graphgrow.ir.rules import Kind, row_of
@@ -104,12 +102,11 @@ class _Run(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         """Return the value of a node, its contractions watched."""
         expected = self.calls.get(n.name)
-        if expected is None:
-            return super().run_node(n)
-        # as the analysis saw it: recurrent layers step by step
+        # how recurrent layers multiply depends on the batch, and no route goes through them
         recurrent = n.op == "call_module" and isinstance(self.submodules[str(n.target)], nn.RNNBase)
-        kernels = without_kernels() if recurrent else nullcontext()
-        with kernels, _Watch(n.name, expected, self.read, self.attended) as watch:
+        if expected is None or (recurrent and n.name not in self.wanted):
+            return super().run_node(n)
+        with _Watch(n.name, expected, self.read, self.attended) as watch:
             result = super().run_node(n)
         watch.finish()
         product = self.wanted.get(n.name)
