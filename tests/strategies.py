@@ -639,6 +639,20 @@ def factors(draw: st.DrawFn, module: Any) -> tuple[Any, Any]:
     return table, draw(st.sampled_from([None, None, bias]))
 
 
+def mean_square(output: Tensor, target: None) -> Tensor:
+    """Return a loss of a drawn network, a mean over the examples."""
+    return output.square().flatten(1).sum(1).mean()
+
+
+@st.composite
+def branched(draw: st.DrawFn) -> tuple[Any, gg.Graph, gg.Branch]:
+    """Draw a network, its graph and a branch that fits."""
+    net = draw(networks())
+    graph = net.trace()
+    rewrite = draw(branchings(graph).filter(lambda rewrite: rewrite.obstacle(graph) is None))
+    return net, graph, rewrite
+
+
 @st.composite
 def branchings(draw: st.DrawFn, graph: gg.Graph) -> gg.Branch:
     """Draw a skip or a residual branch between two places, sometimes two that do not fit."""

@@ -6,23 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import assume, given
-from strategies import branchings, fill, networks
+from hypothesis import given
+from strategies import branched, fill
 from test_mean_fill import Transformer, images
 from torch import nn
 
 import graphgrow as gg
-
-from hypothesis import strategies as st  # isort: skip
-
-
-@st.composite
-def branched(draw: st.DrawFn) -> tuple:
-    net = draw(networks())
-    graph = net.trace()
-    rewrite = draw(branchings(graph))
-    assume(rewrite.obstacle(graph) is None)
-    return net, graph, rewrite
 
 
 @given(branched())

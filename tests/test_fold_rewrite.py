@@ -8,24 +8,16 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from strategies import branchings, deepenings, fill, networks
+from strategies import branched, deepenings, fill, networks
 from torch import nn
 
 import graphgrow as gg
 
 
-@st.composite
-def branched(draw: st.DrawFn) -> tuple:
-    net = draw(networks())
-    graph = net.trace()
-    rewrite = draw(branchings(graph))
-    assume(rewrite.obstacle(graph) is None)
-    return net, graph, gg.apply(graph, rewrite).graph
-
-
 @given(branched())
 def test_folding_a_new_branch_gives_the_old_graph_back(case: tuple) -> None:
-    net, before, wider = case
+    net, before, rewrite = case
+    wider = gg.apply(before, rewrite).graph
     last = next(p for p in wider.leaves - before.leaves if p.endswith(("last", "projection")))
     after = gg.apply(wider, gg.Fold(last)).graph
     assert gg.compare(net.model, after, net.inputs(4, 1)).absolute == 0

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import networks
+from strategies import mean_square, networks
 from test_moments import CASES, Case, close, data, loss, row, traced
 from test_scores import double, gradients
 from torch import Tensor, nn
@@ -202,14 +202,12 @@ def test_a_grower_grows_where_the_trigger_says(score: Any) -> None:
 def test_what_is_proposed_for_random_networks_is_exact(drawn: Any) -> None:
     network = drawn.draw(networks())
     graph, x = network.trace(), network.inputs(4)
-
-    def small(output: Tensor, target: None) -> Tensor:
-        return output.square().flatten(1).sum(1).mean()
-
     score = gg.scores.North(drawn.draw(st.sampled_from(HOW)), candidates=3)
     free = [name for name, axis in graph.axes.items() if axis.obstacle is None]
     measurable = [name for name in free if obstacle(graph, name) is None]
-    found = [p for name in measurable for p in score.propose(graph, [(x, None)], small, [name])]
+    found = [
+        p for name in measurable for p in score.propose(graph, [(x, None)], mean_square, [name])
+    ]
     for proposal in found:
         grown = gg.apply(graph, proposal.rewrite)
         difference = gg.compare(graph, grown.graph, x)

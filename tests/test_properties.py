@@ -381,12 +381,10 @@ def test_the_next_step_moves_all_but_the_factored_weight_as_it_would_have(
 def test_the_next_step_of_a_fan_in_is_as_before_where_new_entries_have_no_gradient(
     name: str, growth: Growth
 ) -> None:
-    """What new entries get changes the direction of the whole fan-in, so they get nothing here.
-
-    Directions are made a length of one, which magnifies the rounding of short ones: hence 1e-8.
-    """
+    """What new entries get changes the direction of the whole fan-in, so they get nothing here."""
     net, (model, graph, optimizer) = growth.net, trained(growth.net, FANWISE[name])
     model.train()(net.inputs(4, 3)).square().sum().backward()
+    assume(not nearly_parallel(optimizer, graph))
     alone, other = copy.deepcopy((model, optimizer))
     for mine, theirs in zip(alone.parameters(), model.parameters(), strict=True):
         mine.grad = theirs.grad  # a copy has none
@@ -396,7 +394,21 @@ def test_the_next_step_of_a_fan_in_is_as_before_where_new_entries_have_no_gradie
     other.step()
     before, after = dict(alone.named_parameters()), grown.graph.state
     pairs = (entries(grown, p, t.detach(), after[p]) for p, t in before.items())
-    assert closeness(pairs) <= 1e-8
+    assert closeness(pairs) <= EXACT
+
+
+def nearly_parallel(optimizer: Any, graph: gg.Graph) -> bool:
+    """Return whether what is left of a gradient across some fan-in is mostly rounding."""
+    inner, length, square, count = torch.zeros(4, optimizer.fans.count, dtype=torch.double)
+    for part in optimizer.fans.parts:
+        weight = graph.state[part.path].detach()
+        gradient = graph.state[part.path].grad
+        if gradient is not None:
+            numbers = (weight * gradient, weight**2, gradient**2, torch.ones_like(weight))
+            for total, entries_ in zip((inner, length, square, count), numbers, strict=True):
+                total.index_add_(0, part.units, part.rows(entries_).sum(1))
+    whole = length * square
+    return bool(((whole - inner**2 < 1e-4 * whole) & (count > 1)).any())
 
 
 @pytest.mark.parametrize("name", FANWISE)
@@ -472,9 +484,19 @@ def test_an_optimizer_takes_several_rewrites_in_one_go(
         assert state.keys() == held[1][path].keys(), path
         for key, value in state.items():
             one, two = torch.as_tensor(value), torch.as_tensor(held[1][path][key])
-            # a mean is made to stand at right angles once, or after each rewrite, which differs
-            stood = name == "AdaRadM" and one.shape == two.shape
-            assert torch.equal(one, two) or stood, path
+            if name == "AdaRadM" and key == "mean":
+                # it is made to stand at right angles once, or after each rewrite, which is the same
+                # where all that was there stays as it was
+                assert one.shape == two.shape, path
+                assert not only_more(once) or torch.allclose(one, two, 0, 1e-12), path
+            else:
+                assert torch.equal(one, two), path
+
+
+def only_more(grown: gg.Grown) -> bool:
+    """Return whether a growth left all old weights as they were."""
+    schemes = [getattr(rewrite, "weights", None) for rewrite in grown.graph.journal]
+    return all(isinstance(scheme, gg.ZeroOutgoing) for scheme in schemes)
 
 
 def states_by_path(optimizer: torch.optim.Optimizer, graph: gg.Graph) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import Tied, networks
+from strategies import Tied, mean_square, networks
 from strategies import fill as filled
 from test_moments import CASES, IMAGE, VECTOR, Case, batch, close, data, loss, row, traced
 from torch import Tensor, nn
@@ -541,11 +541,7 @@ def test_a_tied_weight_gets_no_proposal(score: Any) -> None:
 def test_what_is_proposed_for_random_networks_is_exact(drawn: Any) -> None:
     network = drawn.draw(networks())
     graph, x = network.trace(), network.inputs(4)
-
-    def small(output: Tensor, target: None) -> Tensor:
-        return output.square().flatten(1).sum(1).mean()
-
-    found = moments(graph, [(x, None)], small, project=True)
+    found = moments(graph, [(x, None)], mean_square, project=True)
     for score in (gg.scores.Tiny(1), gg.scores.GradMax(1), gg.scores.Random(1)):
         for proposal in score.proposals(graph, found):
             gg.apply(graph, proposal.rewrite)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import networks
+from strategies import mean_square, networks
 from test_moments import CASES, Case, batch, close, data, loss, row, traced
 from test_scores import double
 from torch import Tensor, nn
@@ -201,12 +201,8 @@ def test_new_units_and_split_ones_are_chosen_by_their_decrease() -> None:
 def test_what_is_proposed_for_random_networks_is_exact(drawn: Any) -> None:
     network = drawn.draw(networks())
     graph, x = network.trace(), network.inputs(4)
-
-    def small(output: Tensor, target: None) -> Tensor:
-        return output.square().flatten(1).sum(1).mean()
-
     for score in (gg.scores.Splitting(1, steps=2), gg.scores.Firefly(2, new=1, descent=1)):
-        for proposal in score.propose(graph, [(x, None)], small):
+        for proposal in score.propose(graph, [(x, None)], mean_square):
             grown = gg.apply(graph, proposal.rewrite)
             difference = gg.compare(graph, grown.graph, x)
             assert difference.train.relative <= 1e-10 and difference.eval.relative <= 1e-10
