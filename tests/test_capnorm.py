@@ -87,6 +87,16 @@ def test_an_axis_grows_and_shrinks_through_capnorm(kind: str, weights) -> None:
     assert gg.compare(model, narrow.graph, x).relative <= 1e-10
 
 
+@pytest.mark.parametrize("after", [nn.BatchNorm1d(6, affine=False), nn.Tanh()], ids=["norm", "act"])
+def test_a_capnorm_with_running_statistics_of_its_own_is_followed_in_eval_mode(after) -> None:
+    """What it writes into its buffers in train mode is not what eval mode reads."""
+    layers = [nn.Linear(3, 6, bias=False), CapNorm(6), after, nn.Linear(6, 2, bias=False)]
+    model, x = fill(nn.Sequential(*layers).double(), 2), noise(9, 3)
+    for weights in (None, gg.ZeroIncoming()):
+        grown = gg.apply(gg.trace(model, x), gg.Widen("0", 1, weights=weights))
+        assert gg.compare(model, grown.graph, x).relative <= 1e-10
+
+
 def test_a_unit_without_input_goes_through_capnorm_where_the_modes_agree() -> None:
     model, x = capped("linear")
     with torch.no_grad():

@@ -268,7 +268,7 @@ CASES = {
 REFUSED = {
     # one tensor writes the units and reads them: it is not zero, or split, on one side alone
     ("tied parameters", "Pairs"): "reads new units through weights that are not zero",
-    ("tied parameters", "Copy"): "do not add up to its old weights",
+    ("tied parameters", "Copy"): "both writes and reads the units",
     # dropout draws for the copy on its own
     (
         "functional calls",
@@ -318,3 +318,12 @@ def test_a_wider_axis_computes_the_same(name: str, scheme: Any) -> None:
         assert gg.compare(model, back, inputs(case, 5)).relative <= 1e-10
         assert "folded" not in str(grown.proof)
         assert all(torch.equal(t, back.state[p]) for p, t in graph.state.items())
+
+
+@pytest.mark.parametrize("even", [False, True])
+def test_copies_of_tied_units_are_refused_since_their_halves_would_write_too(even: bool) -> None:
+    """One unit and one input: the halves of the weight that reads it add up to what it was."""
+    model = fill(_in_a_row(Tied(1, 1), nn.Linear(1, 2)).double(), 0)
+    rewrite = gg.Widen("0.encoder", 1, weights=gg.Copy(even=even))
+    said = rewrite.obstacle(gg.trace(model, torch.ones(3, 1, dtype=torch.double)))
+    assert said is not None and "'0.encoder.weight'" in said

@@ -179,7 +179,7 @@ def _freeze_unknown_leaves(watch: _Watch, graph: Any) -> None:
 def _run(watch: _Watch, graph: Any, mode: str) -> None:
     tree = assemble(graph.modules, graph.leaves, watch.state)
     tree.train(mode == "train")
-    watch.mode = mode
+    watch.start(mode)
     structure = graph.train if mode == "train" else graph.eval
     interpreter = _Interpreter(tree, structure, watch)
     fast_path = torch.backends.mha.get_fastpath_enabled()
@@ -254,6 +254,12 @@ class _Watch(Dispatch):
             if id(tensor) not in self.numbers:
                 number = self.see(tensor, [fresh(n) for n in tensor.shape])
                 self.sources[number] = Source(path, tuple(range(tensor.dim())))
+        self.stored = dict(self.numbers)
+
+    def start(self, mode: str) -> None:
+        """Begin a run: what an earlier one wrote into the stored tensors is not seen in it."""
+        self.mode = mode
+        self.numbers.update(self.stored)
 
     # values
 

@@ -65,8 +65,9 @@ def judge(follower: Follower, narrow: Mapping[str, Tensor]) -> Verdict:
     folds: dict[str, Tensor] = {}
     lines: dict[tuple[str, str], list[str]] = {}
     made_up = compensated(follower)
-    if made_up.reason is not None:
-        return Verdict(made_up.reason)
+    reason = made_up.reason or _moved(follower, narrow)
+    if reason is not None:
+        return Verdict(reason)
     for arrival in follower.statistics:
         if (text := _unchanged(arrival.content)) is not None:
             lines.setdefault((arrival.step.where, text), []).append(arrival.step.mode)
@@ -90,6 +91,17 @@ def judge(follower: Follower, narrow: Mapping[str, Tensor]) -> Verdict:
     said = tuple(f"[{' and '.join(dict.fromkeys(m))}] {w}: {t}" for (w, t), m in lines.items())
     dead = tuple(int(u) for u in follower.new[~alive | stuck])
     return Verdict(None, folds, (*said, *made_up.lines), dead, made_up)
+
+
+def _moved(follower: Follower, narrow: Mapping[str, Tensor]) -> str | None:
+    """Return that old units are written by other weights than before: by those that read them."""
+    axis = follower.resized.analysis.axes[follower.axis]
+    old = torch.from_numpy(follower.old)
+    for at in (at for at in axis.producers + axis.carriers if at in axis.consumers):
+        now = follower.slices(at)[old][:, old_entries(follower.resized, at)]
+        if not torch.equal(now, narrow_slices(follower.resized, narrow[at.path], at).to(now)):
+            return f"'{at.path}' both writes and reads the units, and would write others"
+    return None
 
 
 def _disagreeing(step: Step, path: str) -> str:
