@@ -26,6 +26,7 @@ from graphgrow.passes.fold import Fold
 from graphgrow.passes.fresh import UnitLength
 from graphgrow.passes.identity import Identity
 from graphgrow.passes.layers import Factor, Split
+from graphgrow.passes.merge import Merge
 from graphgrow.passes.remove import Absorb, Remove
 from graphgrow.passes.rewrite import Grown
 from graphgrow.passes.weights import Copy, Given, MeanFill, Pairs, ZeroIncoming, ZeroOutgoing
@@ -58,6 +59,7 @@ __all__ = [
     "Identity",
     "KroneckerGradient",
     "MeanFill",
+    "Merge",
     "NaturalGradient",
     "NotApplicable",
     "NotEquivalent",

@@ -674,7 +674,8 @@ def cappings(graph: gg.Graph) -> st.SearchStrategy[gg.Cap]:
 def requests(graph: gg.Graph, both: bool = True, exact: bool = True) -> st.SearchStrategy[Any]:
     """Return requests for any rewrite of a graph, also such as have an obstacle."""
     wider = st.one_of(widenings(graph), given_widenings(graph))
-    kinds = [wider, deepenings(graph, both), removals(graph), branchings(graph)]
+    fewer = st.one_of(removals(graph), st.builds(gg.Merge, axes(graph)))
+    kinds = [wider, deepenings(graph, both), fewer, branchings(graph)]
     return st.one_of(*kinds) if exact else st.one_of(*kinds, cappings(graph))
 
 

@@ -268,7 +268,7 @@ CASES = {
 REFUSED = {
     # one tensor writes the units and reads them: it is not zero, or split, on one side alone
     ("tied parameters", "Pairs"): "reads new units through weights that are not zero",
-    ("tied parameters", "Copy"): "both writes and reads the units",
+    ("tied parameters", "Copy"): "change where it is read but not where it writes",
     # dropout draws for the copy on its own
     (
         "functional calls",

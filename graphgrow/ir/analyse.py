@@ -24,6 +24,7 @@ from graphgrow.ir import layout
 from graphgrow.ir.assemble import assemble
 from graphgrow.ir.attributes import is_known
 from graphgrow.ir.layout import ONE, Atom, Composition, Layout, Misaligned, freeze, fresh, settle
+from graphgrow.ir.rows import RowInterpreter
 from graphgrow.ir.rules import KERNEL, SPATIAL, Call, Dims, Kind, Outcome, Row, row_of
 
 
@@ -161,7 +162,7 @@ def analyse(graph: Any) -> Analysis:
     watch = _Watch(graph.state)
     _freeze_unknown_leaves(watch, graph)
     for mode in ("train", "eval"):
-        _run(watch, graph, mode)
+        run_watched(watch, graph, mode)
     return _Settled(watch, graph).analysis()
 
 
@@ -176,7 +177,11 @@ def _freeze_unknown_leaves(watch: _Watch, graph: Any) -> None:
                         freeze(parts, reason)
 
 
-def _run(watch: _Watch, graph: Any, mode: str) -> None:
+def run_watched(watch: Any, graph: Any, mode: str) -> None:
+    """Run a graph on its example inputs under a watch, a dispatch mode that is told what runs.
+
+    It has `state`, `start`, `enter`, `leave`, `input` and `output`, as `_Watch` below.
+    """
     tree = assemble(graph.modules, graph.leaves, watch.state)
     tree.train(mode == "train")
     watch.start(mode)
@@ -195,10 +200,10 @@ def _copied(value: Any) -> Any:
     return value.detach().clone() if isinstance(value, Tensor) else value
 
 
-class _Interpreter(fx.Interpreter):
+class _Interpreter(RowInterpreter):
     """Runs a graph node by node and tells the watch which node runs."""
 
-    def __init__(self, tree: nn.Module, structure: fx.Graph, watch: _Watch) -> None:
+    def __init__(self, tree: nn.Module, structure: fx.Graph, watch: Any) -> None:
         super().__init__(tree, graph=structure)
         self.extra_traceback = False
         self.watch = watch
@@ -335,7 +340,7 @@ class _Watch(Dispatch):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        written = _written(func, args, kwargs)
+        changed = written(func, args, kwargs)
         inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         numbers = tuple(self.number(t) for t in inputs)
         strides = tuple(t.stride() if t.layout is torch.strided else () for t in inputs)
@@ -345,7 +350,7 @@ class _Watch(Dispatch):
         outcome = self._relate(Call(func, args, kwargs, outs, self.of, strides), row)
         made = tuple(self.see(t, d) for t, d in zip(outs, outcome.outs, strict=True))
         self._step(func, args, kwargs, row, outcome, numbers, made)
-        for tensor in written:
+        for tensor in changed:
             self._rewritten(func, tensor)
         return out
 
@@ -460,7 +465,7 @@ def _with_own_buffers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
-def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+def written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
     """Return the tensors that an operator writes in place, by its schema."""
     named = list(zip(func._schema.arguments, args, strict=False))
     named += [(a, kwargs[a.name]) for a in func._schema.arguments if a.name in kwargs]

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_map
 
 from graphgrow.ir.assemble import assemble
 from graphgrow.ir.graph import Graph
+from graphgrow.ir.rows import RowInterpreter
 from graphgrow.ir.rules import Kind, row_of
 from graphgrow.measure.routes import Mix, Product
 
@@ -86,7 +87,7 @@ def _plain(value: Any) -> Any:
     return value.detach() if isinstance(value, Tensor) else value
 
 
-class _Run(fx.Interpreter):
+class _Run(RowInterpreter):
     """One forward pass: knows which node runs and taps the outputs that gradients are wanted of."""
 
     def __init__(self, capture: Capture, wanted: Collection[Product], desired: Desired) -> None:

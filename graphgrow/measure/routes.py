@@ -129,12 +129,21 @@ def _product(analysis: Analysis, step: Step) -> Product | None:
     added = None if step.bias is None else analysis.sources.get(step.inputs[step.bias])
     bias = None if added is None else added.path
     if name in _CONVOLUTIONS and not step.args[6]:
-        window = Window(*(tuple(step.args[i]) for i in (3, 4, 5)), groups=step.args[8])
+        window = Window(
+            *(tuple(step.args[i]) for i in (3, 4, 5)), groups=_groups(analysis, step, slot)
+        )
         return Product(step, source.path, slot, 0, window, bias)
     if name not in _MATRICES or slot != max(slots) or not source.dims or len(source.dims) != 2:
         return None
     read = next(source.dims[dim] for s, dim in step.contracted if s == slot)
     return Product(step, source.path, slot, 1 - read, None, bias)
+
+
+def _groups(analysis: Analysis, step: Step, slot: int) -> int:
+    """Return a convolution's number of groups for the widths of now, which its call may not say."""
+    x, weight = (analysis.values[step.inputs[s]] for s in (1 - slot, slot))
+    widths, channels = analysis.widths(), x[-len(weight) + 1]
+    return channels.size(widths) // weight[1].size(widths)
 
 
 _CONVOLUTIONS = {aten.convolution, aten._convolution}

@@ -11,6 +11,7 @@ from torch import Tensor
 from graphgrow.errors import NotEquivalent
 from graphgrow.ir.graph import Graph
 from graphgrow.passes.prove import Proof
+from graphgrow.passes.ranges import inside
 from graphgrow.passes.rewrite import Grown, Rewrite, TensorOrigin
 from graphgrow.passes.units import gather
 from graphgrow.verify import Difference, compare
@@ -38,7 +39,7 @@ def apply(graph: Graph, *rewrites: Rewrite, verify: bool = True) -> Grown:
         now = edit.graph
     proof = _joined(proofs)
     if verify and rewrites:
-        proof = _verified(proof, compare(graph, now, *graph.example))
+        proof = _verified(proof, compare(graph, now, *inside(proof.box, graph.example)))
     return Grown(graph, now, origin, proof, rewrites)
 
 
@@ -82,7 +83,9 @@ def _joined(proofs: list[Proof]) -> Proof:
     exact = all(proof.exact for proof in proofs)
     domain = "; ".join(dict.fromkeys(proof.domain for proof in proofs)) or "all inputs"
     rounding = sum(proof.rounding for proof in proofs)
-    return Proof(f"{len(proofs)} rewrites", exact, modes, domain, lines, rounding)
+    boxes = [proof.box for proof in proofs if proof.box is not None]
+    box = (max(low for low, _ in boxes), min(high for _, high in boxes)) if boxes else None
+    return Proof(f"{len(proofs)} rewrites", exact, modes, domain, lines, rounding, box=box)
 
 
 def _verified(proof: Proof, found: Difference) -> Proof:

@@ -18,6 +18,7 @@ from graphgrow.ir.graph import Graph
 from graphgrow.passes.identity import is_activation
 from graphgrow.passes.place import first_input, is_layer
 from graphgrow.passes.prove import Proof, rounding
+from graphgrow.passes.ranges import Box, ranges
 from graphgrow.passes.rewrite import Edit, TensorOrigin, refusal
 
 _SUMS = ("add", "iadd", "add_", "__add__")
@@ -29,7 +30,9 @@ class Fold:
     """Take the module at a path out of the graph, where what it does can be done without.
 
     A layer of zeros goes together with the branch that it ends; an identity layer, a dropout that
-    drops nothing and an idempotent activation that is repeated go alone; a linear layer or 1×1
+    drops nothing, an idempotent activation that is repeated, and a ReLU or other clipping that
+    changes nothing, for all inputs or for those with entries in the `box` `(least, largest)`, go
+    alone; a linear layer or 1×1
     convolution without an activation before it is multiplied into the layer that it reads; a batch
     norm is folded into the layer before it, which is exact in eval mode alone.
 
@@ -38,6 +41,7 @@ class Fold:
     """
 
     at: str
+    box: Box | None = None
     how: str | None = field(default=None, repr=False)
 
     @staticmethod
@@ -56,7 +60,7 @@ class Fold:
                 f"cannot fold '{self.at}': it is no module that is called once in each mode; give "
                 "one that Fold.places lists"
             )
-        place = _Place(graph, self.at, graph.modules[self.at], calls)
+        place = _Place(graph, self.at, graph.modules[self.at], calls, box=self.box)
         tried = ((how, rule(place)) for how, rule in _RULES.items())
         how, found = next(((h, f) for h, f in tried if f is not None), ("", None))
         if found is None:
@@ -67,7 +71,8 @@ class Fold:
         grown = _without(place, found)
         inexact = rounding([path for path in found.tensors if path in graph.state], graph.state)
         exact = found.modes == ("train", "eval")
-        proof = Proof(str(self), exact, found.modes, "all finite values", (found.line,), inexact)
+        domain, box = "all finite values", self.box if how == "clip" else None
+        proof = Proof(str(self), exact, found.modes, domain, (found.line,), inexact, box=box)
         done = replace(self, how=how)
         return Edit(replace(grown, journal=(*graph.journal, done)), proof, found.origin(graph))
 
@@ -94,6 +99,7 @@ class _Place:
     module: Any
     calls: Mapping[str, fx.Node]
     trusted: bool = False
+    box: Box | None = None
 
     def refuse(self, fact: str) -> NoReturn:
         """Raise that the module cannot be folded, with the fact."""
@@ -178,6 +184,18 @@ def _identity(place: _Place) -> _Folded | None:
         return None
     instead = {mode: {node: first_input(node)} for mode, node in place.calls.items()}
     return _Folded(instead, f"'{place.path}' gives what it reads")
+
+
+def _unclipped(place: _Place) -> _Folded | None:
+    """A ReLU or other clipping of numbers that are all within what it leaves alone."""
+    if not place.trusted:
+        if not isinstance(place.module, nn.ReLU | nn.Hardtanh):  # a ReLU6 is a hardtanh
+            return None
+        bounds = ranges(place.graph, place.box)
+        if not all(bounds.is_identity(mode, node.name) for mode, node in place.calls.items()):
+            return None
+    instead = {mode: {node: first_input(node)} for mode, node in place.calls.items()}
+    return _Folded(instead, f"'{place.path}' clips nothing")
 
 
 def _is_identity(place: _Place) -> bool:
@@ -308,6 +326,7 @@ def _into(
 _RULES: dict[str, Callable[[_Place], _Folded | None]] = {
     "zero": _zero,
     "identity": _identity,
+    "clip": _unclipped,
     "product": _product,
     "norm": _normed,
 }

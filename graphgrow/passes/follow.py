@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_map
 from graphgrow.ir.analyse import Analysis, ParameterDim, Slot, Source, Step
 from graphgrow.ir.rules import Kind, aten
 from graphgrow.passes.parts import Parts
+from graphgrow.passes.ranges import Ranges
 from graphgrow.passes.units import Resized
 
 CONSTANT, MEAN = -1, -2
@@ -81,10 +82,16 @@ class Reduction:
 
 
 class Follower:
-    """Follows the new units of one axis through a graph whose tensors are `state`."""
+    """Follows the new units of one axis through a graph whose tensors are `state`.
 
-    def __init__(self, resized: Resized, state: Mapping[str, Tensor]) -> None:
-        self.resized, self.state = resized, state
+    With `ranges`, units that clipping (a ReLU) holds at one number are known to be constants, and
+    those that it never changes to be what they were.
+    """
+
+    def __init__(
+        self, resized: Resized, state: Mapping[str, Tensor], ranges: Ranges | None = None
+    ) -> None:
+        self.resized, self.state, self.ranges = resized, state, ranges
         self.axis, self.new, self.old = resized.axis, resized.new, resized.old
         self.contents: dict[int, Content] = {}
         self.arrivals: list[Arrival] = []
@@ -162,7 +169,7 @@ class Follower:
     def run(self) -> Follower:
         """Follow all steps and return self, with `arrivals` and `statistics` filled."""
         for step in self.resized.analysis.touching(self.axis):
-            content = self._through(step)
+            content = self._clipped(step, self._through(step))
             # what stands beside the first output of a computation (indices, say) is not known
             alike = step.outputs if step.row.kind is Kind.MOVE else step.outputs[:1]
             for number in alike:
@@ -174,6 +181,33 @@ class Follower:
 
     def _has(self, number: int) -> bool:
         return number in self.held
+
+    def _clipped(self, step: Step, content: Content | None) -> Content | None:
+        """Return what new units hold where ranges say more than the operator alone."""
+        analysis = self.resized.analysis
+        clip = self.ranges.of(analysis, step, self.axis) if self.ranges and content else None
+        if clip is None or content is None or not self._has(step.inputs[0]):
+            return content
+        before, held, kept = self.content(step.inputs[0]), clip.held[self.new], clip.kept[self.new]
+        known = ~np.isnan(held)
+        like = before.like.copy()
+        whole = bool(clip.kept[self.old].all())  # a mean is kept where all are
+        others = [clip.kept[u] if u >= 0 else u == CONSTANT or whole for u in like]
+        kept = kept & np.array(others, dtype=bool)
+        like, scale, slope = (
+            np.where(kept, was, now)
+            for was, now in (
+                (like, content.like),
+                (before.scale, content.scale),
+                (before.slope, content.slope),
+            )
+        )
+        return Content(
+            self.new,
+            np.where(known, CONSTANT, like),
+            np.where(known, held, scale),
+            np.where(known, 0.0, slope),
+        )
 
     def _through(self, step: Step) -> Content | None:
         kind = step.row.kind

@@ -14,6 +14,7 @@ from graphgrow.passes.fold import Fold
 from graphgrow.passes.fresh import UnitLength
 from graphgrow.passes.identity import Identity
 from graphgrow.passes.layers import Factor, Split
+from graphgrow.passes.merge import Merge
 from graphgrow.passes.remove import Absorb, Remove
 from graphgrow.passes.rewrite import Rewrite
 from graphgrow.passes.weights import Copy, Given, MeanFill, Pairs, ZeroIncoming, ZeroOutgoing
@@ -24,7 +25,7 @@ _KINDS: dict[str, Any] = {
     for kind in (
         *(Widen, ZeroOutgoing, ZeroIncoming, Pairs, Copy, Given, MeanFill, UnitLength),
         *(Deepen, Identity, Factor, Split),
-        *(Remove, Absorb, Cap),
+        *(Remove, Absorb, Merge, Cap),
         *(Branch, Skip, Residual, TransformerBlock, Fold),
     )
 }

@@ -13,6 +13,7 @@ from graphgrow.ir.analyse import ParameterDim, Step
 from graphgrow.ir.rules import Kind, aten
 from graphgrow.passes.factors import Compensation, compensated
 from graphgrow.passes.follow import Arrival, Content, Follower, Reduction
+from graphgrow.passes.ranges import Box
 from graphgrow.passes.units import Resized
 
 
@@ -22,7 +23,8 @@ class Proof:
 
     `modes` are those in which it is exact. `rounding` bounds what rounding the new numbers to the
     model's precision may change, relative to the output: zero where entries only move. `error` is
-    the largest relative change measured where the rewrite is not exact.
+    the largest relative change measured where the rewrite is not exact. `box` is what the entries
+    of the inputs must be between for the domain to hold, None where they may be any numbers.
     """
 
     rewrite: str
@@ -32,10 +34,12 @@ class Proof:
     lines: tuple[str, ...] = ()
     rounding: float = 0.0
     error: float | None = None
+    box: Box | None = None
 
     def __str__(self) -> str:
         exact = f"exact in {' and '.join(self.modes)}" if self.modes else "not exact"
-        head = f"{self.rewrite}: {exact}, {self.domain}"
+        domain = self.domain if self.box is None else "inputs from {:g} to {:g}".format(*self.box)
+        head = f"{self.rewrite}: {exact}, {domain}"
         if self.rounding:
             head += f", rounding at most {self.rounding:.1e}"
         if self.error is not None:
@@ -49,7 +53,8 @@ class Verdict:
 
     `folds` has, for each bias, the constant that the new units add and that it must give up.
     `dead` are new units that could never learn. `compensation` takes back the factors that old
-    units get where a mean or a norm goes over all of them.
+    units get where a mean or a norm goes over all of them. `rounded` are weights that add up to the
+    old ones in the model's own precision, but not beyond.
     """
 
     reason: str | None = None
@@ -57,6 +62,7 @@ class Verdict:
     lines: tuple[str, ...] = ()
     dead: tuple[int, ...] = ()
     compensation: Compensation = field(default_factory=Compensation)
+    rounded: frozenset[str] = frozenset()
 
 
 def judge(follower: Follower, narrow: Mapping[str, Tensor]) -> Verdict:
@@ -64,6 +70,7 @@ def judge(follower: Follower, narrow: Mapping[str, Tensor]) -> Verdict:
     alive, stuck = np.zeros(len(follower.new), dtype=bool), follower.stuck.copy()
     folds: dict[str, Tensor] = {}
     lines: dict[tuple[str, str], list[str]] = {}
+    rounded: frozenset[str] = frozenset()
     made_up = compensated(follower)
     reason = made_up.reason or _moved(follower, narrow)
     if reason is not None:
@@ -79,6 +86,7 @@ def judge(follower: Follower, narrow: Mapping[str, Tensor]) -> Verdict:
             if path in folds and not torch.equal(folds[path], constant):
                 return Verdict(_disagreeing(arrival.step, path))
             folds[path] = constant
+        rounded |= found.rounded
         alive |= _alive(follower, arrival)
         stuck |= _stuck(arrival)
         where = arrival.step.where
@@ -90,7 +98,7 @@ def judge(follower: Follower, narrow: Mapping[str, Tensor]) -> Verdict:
         return Verdict(missing)
     said = tuple(f"[{' and '.join(dict.fromkeys(m))}] {w}: {t}" for (w, t), m in lines.items())
     dead = tuple(int(u) for u in follower.new[~alive | stuck])
-    return Verdict(None, folds, (*said, *made_up.lines), dead, made_up)
+    return Verdict(None, folds, (*said, *made_up.lines), dead, made_up, rounded)
 
 
 def _moved(follower: Follower, narrow: Mapping[str, Tensor]) -> str | None:
@@ -100,7 +108,7 @@ def _moved(follower: Follower, narrow: Mapping[str, Tensor]) -> str | None:
     for at in (at for at in axis.producers + axis.carriers if at in axis.consumers):
         now = follower.slices(at)[old][:, old_entries(follower.resized, at)]
         if not torch.equal(now, narrow_slices(follower.resized, narrow[at.path], at).to(now)):
-            return f"'{at.path}' both writes and reads the units, and would write others"
+            return f"'{at}' would have to change where it is read but not where it writes"
     return None
 
 
@@ -148,7 +156,8 @@ def _judged(follower: Follower, arrival: Arrival, narrow: Mapping[str, Tensor]) 
     reduction = follower.reduction(arrival)
     places = old_entries(follower.resized, arrival.weight)
     before = narrow_slices(follower.resized, narrow[arrival.weight.path], arrival.weight)
-    if not torch.equal(reduction.columns[:, places], before.to(reduction.columns)):
+    columns = reduction.columns[:, places]
+    if not torch.equal(columns.to(before), before):
         return Verdict(
             f"the weights that {step.where} has for old units and their copies do not add up "
             f"to its old weights in {step.mode} mode ('{arrival.weight}')"
@@ -158,14 +167,16 @@ def _judged(follower: Follower, arrival: Arrival, narrow: Mapping[str, Tensor]) 
             f"{step.where} reads new units through weights that are not zero in {step.mode} mode"
         )
     lines = [_line(arrival, reduction)]
+    same = torch.equal(columns, before.to(columns))
+    rounded = frozenset() if same else frozenset({arrival.weight.path})
     constant = reduction.constant[places]
     if bool((constant != 0).any()):
-        return _folded(follower, arrival, reduction, lines)
+        return replace(_folded(follower, arrival, reduction, lines), rounded=rounded)
     bias = _bias(follower, step)
     if bias is None or not arrival.content.constant().any():
-        return Verdict(lines=tuple(lines))
+        return Verdict(lines=tuple(lines), rounded=rounded)
     nothing = per_output(follower.resized, arrival.weight, bias, reduction.constant)
-    return Verdict(folds={bias: nothing}, lines=tuple(lines))
+    return Verdict(folds={bias: nothing}, lines=tuple(lines), rounded=rounded)
 
 
 def _line(arrival: Arrival, reduction: Reduction) -> str:

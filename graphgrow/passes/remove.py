@@ -19,6 +19,7 @@ from graphgrow.ir.layout import Layout
 from graphgrow.passes.factors import Compensation, listed
 from graphgrow.passes.follow import Arrival, Follower, Reduction
 from graphgrow.passes.prove import Proof, Verdict, judge, old_entries, per_output, rounding
+from graphgrow.passes.ranges import CLIPS, Box, Ranges, ranges
 from graphgrow.passes.resize import resize
 from graphgrow.passes.rewrite import Edit, free_axes, refusal
 from graphgrow.passes.units import Resized, gather, times
@@ -53,7 +54,9 @@ class Remove:
     """Remove the numbered `units` of an axis.
 
     Exact where a unit's outgoing weights are zero, or the unit is a constant, equal to another or a
-    multiple of one: its readers' weights and biases take over what it added. For other units give
+    multiple of one: its readers' weights and biases take over what it added. Constants are also
+    units that a ReLU, or another clipping, holds at one number for all inputs, or for inputs whose
+    entries lie in the `box` `(least, largest)`, as the proof then says. For other units give
     `absorb`: coefficients, or model inputs to fit them on; the removal is then not exact, and the
     proof says by how much the outputs changed. `numbers` is filled by `apply`, for the journal, as
     that of `Widen`.
@@ -62,6 +65,7 @@ class Remove:
     axis: str
     units: tuple[int, ...]
     absorb: Absorb | Tensor | tuple[Tensor, ...] | None = None
+    box: Box | None = None
     numbers: tuple[tuple[str, str, float], ...] = field(default=(), repr=False)
 
     @staticmethod
@@ -82,6 +86,11 @@ class Remove:
             given = absorb if isinstance(absorb, tuple) else (absorb,)
             absorb = Absorb.fit(graph, axis.name, units, *given)
         narrowed = _Narrowed(graph, change, absorb)
+        box = None
+        if narrowed.reason is not None and is_clipped(graph, axis):
+            bounded = _Narrowed(graph, change, absorb, ranges(graph, self.box))
+            if bounded.reason is None:
+                narrowed, box = bounded, self.box
         if narrowed.reason is not None:
             raise NotApplicable(
                 f"cannot remove {len(units)} of the {axis.width} units of axis '{axis.name}' "
@@ -98,7 +107,7 @@ class Remove:
         origin = {path: narrowed.kept.origin(path) for path in narrowed.tensors}
         said = str(replace(chosen, absorb=None))
         lost = rounding(narrowed.rounded, graph.state)
-        proof = Proof(said, not narrowed.fitted, lines=narrowed.lines, rounding=lost)
+        proof = Proof(said, not narrowed.fitted, lines=narrowed.lines, rounding=lost, box=box)
         if narrowed.fitted:
             proof = replace(proof, modes=())
         return Edit(grown, proof, origin)
@@ -125,6 +134,11 @@ def _removal(analysis: Analysis, axis: Axis, units: tuple[int, ...]) -> Resized:
     return Resized(analysis, axis.name, position)
 
 
+def is_clipped(graph: Graph, axis: Axis) -> bool:
+    """Return whether a ReLU or the like clips the units of an axis."""
+    return any(s.func.overloadpacket in CLIPS for s in graph.analysis.touching(axis.name))
+
+
 def _read_backwards(sentence: str) -> str:
     return sentence.replace("new units", "removed units").replace("new ones", "removed ones")
 
@@ -132,7 +146,13 @@ def _read_backwards(sentence: str) -> str:
 class _Narrowed:
     """The tensors of the narrower graph, or the reason why there are none."""
 
-    def __init__(self, graph: Graph, change: Resized, absorb: Absorb | None) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        change: Resized,
+        absorb: Absorb | None,
+        bounds: Ranges | None = None,
+    ) -> None:
         self.graph, self.change = graph, change
         self.kept = Resized(graph.analysis, change.axis, change.old)
         self.absorb = dict(absorb.coefficients) if absorb is not None else None
@@ -141,7 +161,7 @@ class _Narrowed:
         self.rounded: set[str] = set()
         self.tensors = {p: gather(graph.state[p], self.kept.origin(p)) for p in change.paths()}
         self.numbers: Mapping[tuple[str, str], float] = {}
-        follower = Follower(change, graph.state).run()
+        follower = Follower(change, graph.state, bounds).run()
         for arrival in follower.arrivals:
             if arrival.weight is not None:
                 self._reduce(follower, arrival)
@@ -150,9 +170,6 @@ class _Narrowed:
             return
         verdict = judge(follower, {**graph.state, **self.tensors})
         self.reason = verdict.reason and _read_backwards(verdict.reason)
-        weights = {a.weight for a in follower.arrivals} & {*graph.axes[change.axis].producers}
-        for at in (at for at in weights if at is not None and at.path in self.rounded):
-            self.reason = f"'{at}' would have to change where it is read but not where it writes"
         self.lines = tuple(map(_read_backwards, verdict.lines))
         if self.reason is None:
             self._fold(verdict)

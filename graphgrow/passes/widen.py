@@ -116,7 +116,8 @@ class Widen:
         numbers = listed(made_up.numbers)
         chosen = replace(self, axis=change.axis, weights=scheme, numbers=numbers)
         grown = resize(graph, change, {**tensors, **folded}, chosen)
-        inexact = [*verdict.folds, *made_up.tensors, *(tensors if made_up.numbers else ())]
+        inexact = [*verdict.folds, *verdict.rounded, *made_up.tensors]
+        inexact += tensors if made_up.numbers else ()
         lost = rounding(inexact, graph.state)
         proof = Proof(str(chosen), lines=verdict.lines, rounding=lost)
         return Edit(grown, proof, origin)
