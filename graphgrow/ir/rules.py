@@ -703,6 +703,19 @@ def linear(c: Call) -> Outcome:
     return Outcome([[*c.of(x)[:-1], c.of(w)[0]]], over, bias=None if b is None else 2)
 
 
+def trilinear(c: Call) -> Outcome:
+    """Multiply two inputs by a weight `(out, in1, in2)`, as bilinear layers do."""
+    x, w, y = (c.of(t) for t in c.args[:3])
+    if c.args[3:7] != ([1, 3], [0], [1, 2], [2, 3]):
+        raise Misaligned("it sums other dims than a bilinear layer does")
+    unify(x[0], y[0])
+    unify(x[1], w[1])
+    unify(y[1], w[2])
+    over = [Contracted(0, 1, x[1]), Contracted(1, 1, w[1])]
+    over += [Contracted(1, 2, w[2]), Contracted(2, 1, y[1])]
+    return Outcome([[x[0], w[0]]], tuple(over), border=True)  # a constant is one times the other
+
+
 def convolution(c: Call) -> Outcome:
     """Convolve, with groups, either way."""
     x, w, b = c.args[:3]
@@ -898,6 +911,7 @@ ROWS: dict[Any, Row] = _table(
     (Row(addmm, Kind.CONTRACT), "addmm baddbmm"),
     (Row(mv, Kind.CONTRACT), "mv dot"),
     (Row(linear, Kind.CONTRACT), "linear"),
+    (Row(trilinear, Kind.CONTRACT), "_trilinear"),
     (Row(convolution, Kind.CONTRACT), "convolution _convolution"),
     (Row(attention, Kind.ATTEND), "_scaled_dot_product_flash_attention_for_cpu"),
     (Row(attention, Kind.ATTEND), "_scaled_dot_product_flash_attention"),

@@ -136,12 +136,13 @@ class Follower:
         norms = rows.norm(dim=1)
         unit = rows / norms.clamp(min=1e-300)[:, None]
         order = np.concatenate([self.old, self.new])
-        for k in np.flatnonzero(self.needed):
-            u = self.new[k]
-            before = order[: len(self.old) + k]
-            if norms[u] == 0 or len(before) == 0:
+        asked = np.flatnonzero(self.needed)
+        parallel = (unit[torch.from_numpy(self.new[asked])] @ unit.T).abs().numpy() > 1 - 1e-12
+        for k, alike in zip(asked, parallel, strict=True):
+            u, before = self.new[k], order[: len(self.old) + k]
+            if norms[u] == 0:
                 continue
-            candidates = before[(unit[before] @ unit[u]).abs().numpy() > 1 - 1e-12]
+            candidates = before[alike[before]]
             found = next(iter(self._alike(rows, norms, u, candidates)), None)
             if found is not None:
                 like[k], scale[k] = found
@@ -643,18 +644,14 @@ class Follower:
     def _arrive(self, step: Step, meeting: list[tuple[int, int]]) -> None:
         weights = [(slot, dim) for slot, dim in meeting if self._source(step, slot) is not None]
         found = [self.content(step.inputs[slot]) for slot, _ in meeting]
-        if not weights:
-            self.arrivals.append(Arrival(step, found[0], None, found[1]))
-            return
-        slot, dim = weights[-1]
+        slot = weights[-1][0] if weights else None
         source = self._source(step, slot)
-        assert source is not None
-        at = self._tensor_dim(source, dim)
-        if at is None:
+        dims = [self._tensor_dim(source, d) for s, d in weights if s == slot] if source else []
+        if not dims or None in dims:
             self.arrivals.append(Arrival(step, found[0], None, found[1]))
             return
-        other = next(self.content(step.inputs[s]) for s, _ in meeting if s != slot)
-        self.arrivals.append(Arrival(step, other, at))
+        content = self._joined([c for c, (s, _) in zip(found, meeting, strict=True) if s != slot])
+        self.arrivals.extend(Arrival(step, content, at) for at in dims)
 
     def _tensor_dim(self, source: Source, dim: int) -> ParameterDim | None:
         """Return the tensor's dim that a contracted dim of a value is, None if uncertain."""

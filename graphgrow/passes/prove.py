@@ -162,7 +162,9 @@ def _judged(follower: Follower, arrival: Arrival, narrow: Mapping[str, Tensor]) 
             f"the weights that {step.where} has for old units and their copies do not add up "
             f"to its old weights in {step.mode} mode ('{arrival.weight}')"
         )
-    if bool((reduction.own[:, places] != 0).any()):
+    # a bilinear layer may read the units twice: then what new ones meet of new ones counts as well
+    twice = sum(follower.axis in axes for axes in step.contracted.values()) > 2
+    if bool((reduction.own if twice else reduction.own[:, places]).any()):
         return Verdict(
             f"{step.where} reads new units through weights that are not zero in {step.mode} mode"
         )

@@ -343,14 +343,16 @@ class _Fill:
         """Copy old units into the new ones and split their outgoing weights."""
         old, new = self.resized.old, self.resized.new
         for at in self.axis.consumers:
+            kept_columns, made = self._read(at, old), self._read(at, new)
             for k, source in enumerate(sources):
-                whole = self._read(at, old[source : source + 1])
+                whole = kept_columns[source : source + 1].clone()
                 seed = ParameterDim(f"{at.path}#{k}", at.dim)
                 drawn = self._drawn(seed, whole).abs().clamp(max=2)
                 share = torch.full_like(drawn, 0.5) if even else drawn * 0.2 + 0.5
                 kept = (whole.double() * share).to(whole)
-                self._write(at, old[source : source + 1], kept)
-                self._write(at, new[k : k + 1], whole - kept)
+                kept_columns[source], made[k] = kept[0], (whole - kept)[0]
+            self._write(at, old, kept_columns)
+            self._write(at, new, made)
         for at in self.axis.producers + self.axis.carriers:
             self._write(at, new, self._read(at, old[sources]))
 
@@ -385,8 +387,9 @@ class _Fill:
         for at in self._biases({Kind.NORM}):
             new = self._read(at, self.resized.new)
             self._write(at, self.resized.new, torch.full_like(new, value))
-        for _ in norms:
-            self._center_norms()
+        for _ in norms:  # what one is centred at may move what arrives at the next
+            if not self._center_norms():
+                break
 
     def _parts(self, kinds: set[Kind]) -> list[tuple[Any, list[ParameterDim | None]]]:
         """Return this axis' steps of some kinds with the parameter of each tensor argument."""
@@ -415,7 +418,9 @@ class _Fill:
                 found.add(parts[at])
         return found
 
-    def _center_norms(self) -> None:
+    def _center_norms(self) -> bool:
+        """Let norms take what arrives for their running means; return whether any was another."""
+        moved = False
         state = {**self.state, **self.tensors}
         follower = Follower(self.resized, state).run()
         for step, parts in self._parts({Kind.NORM}):
@@ -424,8 +429,10 @@ class _Fill:
                 arriving = follower.content(step.inputs[0])
                 held = np.where(arriving.constant(), arriving.scale, 0.0)
                 entries = self._read(mean, self.resized.new)
-                centre = torch.from_numpy(held)[:, None].expand_as(entries)
+                centre = torch.from_numpy(held)[:, None].expand_as(entries).to(entries)
+                moved |= not torch.equal(entries, centre)
                 self._write(mean, self.resized.new, centre)
+        return moved
 
 
 def added(resized: Resized) -> list[ParameterDim]:
