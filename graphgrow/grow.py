@@ -127,6 +127,7 @@ class Grower:
         if not self.when.due(self.clock):
             return None
         start = time.perf_counter()
+        self.graph = self.graph.renewed()
         axes = self._axes()
         ranked = self.where.ranked(self.graph, self._proposals(axes, batches))
         self.clock = self.clock.struck(axes[0] if self.where.turns and axes else None)

@@ -1334,3 +1334,33 @@ class NumberFromAllSizes(nn.Module):
     def forward(self, x):
         h = self.a(x)
         return self.o(h / h.numel())
+
+
+@case((2, 3), "a(5) c(6) b(4)")
+class TwoInputs(nn.Module):
+    """A bilinear layer: new columns are zero in each of the two dims that it reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(3, 5)
+        self.c = nn.Linear(3, 6)
+        self.b = nn.Bilinear(5, 6, 4)
+        self.o = nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.o(self.b(self.a(x), self.c(x).tanh()))
+
+
+@case((2, 4, 3), "a(5) b(4)")
+class QuadraticForm(nn.Module):
+    """A bilinear layer that reads one axis twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(3, 5)
+        self.b = nn.Bilinear(5, 5, 4)
+        self.o = nn.Linear(4, 2)
+
+    def forward(self, x):
+        x = self.a(x).tanh()
+        return self.o(self.b(x, x))

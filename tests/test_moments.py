@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import (
+    Attend,
     Concat,
     Flatten,
     Gate,
@@ -549,6 +550,31 @@ def test_moments_do_not_depend_on_batches_and_leave_the_model_alone(name: str) -
     assert torch.equal(random, torch.get_rng_state()) and not model.training
     assert all(torch.equal(t, before[p]) for p, t in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_grown_graph_is_measured_as_its_model_traced_anew(name: str) -> None:
+    """Numbers in calls, such as groups, are those of the widths of now."""
+    model, graph = traced(CASES[name])
+    axis = graph.axis(CASES[name][1]).name
+    grown = gg.apply(graph, gg.Widen(axis, 3, weights=gg.ZeroOutgoing())).graph
+    batches = data(model, CASES[name], (4,))
+    anew = gg.trace(gg.lower(grown), batch(CASES[name], 2))
+    (expected,) = moments(anew, batches, loss, [anew.axis(CASES[name][1]).name]).values()
+    assert not grown.analysis.current and grown.renewed().analysis.current
+    fused = name == "values of causal attention"  # by another operator than before it grew
+    for measured in [grown.renewed()] if fused else [grown, grown.renewed()]:
+        found = moments(measured, batches, loss, [axis])[axis]
+        assert close(found.inputs, expected.inputs) and close(found.cross, expected.cross)
+
+
+def test_rows_that_lie_apart_are_multiplied_in_every_batch_as_when_traced() -> None:
+    """Attention of one feature: whether its rows lie in one piece depends on the batch."""
+    model = filled(row(nn.Conv1d(1, 1, 1), Attend(1, 1, False, bias=False), nn.Conv1d(1, 1, 1)), 0)
+    model = model.double().eval()
+    graph = gg.trace(model, torch.randn(3, 1, 3, dtype=torch.double))
+    x = torch.randn(4, 1, 3, dtype=torch.double)
+    assert all(m.examples == 4 for m in moments(graph, [(x, 0 * x)], loss).values())
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])

@@ -575,6 +575,15 @@ def test_the_obstacle_is_none_exactly_where_apply_succeeds(data: st.DataObject) 
 
 
 @few
+@given(growths(widenings))
+def test_a_grown_graph_analysed_anew_has_the_same_axes(growth: Growth) -> None:
+    grown = gg.apply(growth.graph, growth.rewrite).graph
+    anew = grown.renewed()
+    assert anew.analysis.current
+    assert {n: a.width for n, a in anew.axes.items()} == {n: a.width for n, a in grown.axes.items()}
+
+
+@few
 @given(networks())
 def test_an_axis_with_an_obstacle_is_refused_in_its_words(net: Drawn) -> None:
     graph = net.trace()

@@ -104,7 +104,8 @@ class Analysis:
     """The layouts of a graph's tensors, its axes in topological order, and its steps.
 
     `tied` has the first path of each tensor for every path; axes name tensors by first paths.
-    `holding` has, for each axis, the numbers of the values in which it takes part.
+    `holding` has, for each axis, the numbers of the values in which it takes part. `current`: the
+    steps state the sizes of now; in a graph that has grown they may state those of before.
     """
 
     axes: Mapping[str, Axis]
@@ -116,6 +117,7 @@ class Analysis:
     sources: Mapping[int, Source]
     steps: tuple[Step, ...]
     unknown: Mapping[str, int]
+    current: bool = True
 
     def widths(self) -> dict[str, int]:
         """Return the width of every axis by name."""
@@ -130,7 +132,7 @@ class Analysis:
     ) -> Analysis:
         """Return the analysis with other widths, and other `numbers` that nodes compute."""
         axes = {name: replace(axis, width=widths[name]) for name, axis in self.axes.items()}
-        made = replace(self, axes=axes, nodes={**self.nodes, **numbers})
+        made = replace(self, axes=axes, nodes={**self.nodes, **numbers}, current=False)
         made.__dict__["_touching"] = self._touching
         return made
 

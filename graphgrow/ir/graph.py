@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -45,6 +45,17 @@ class Graph:
     def concerned(self) -> Mapping[str, Concerned]:
         """What an edit of each axis can concern; widths do not matter for it."""
         return concerned({"train": self.train, "eval": self.eval}, self.leaves, self.analysis)
+
+    def renewed(self) -> Graph:
+        """Return the graph with an analysis of how it runs now, if it has grown since the last.
+
+        Rewrites need none. What is measured at operators does: which ones run, and with what sizes
+        in their arguments, may depend on widths.
+        """
+        if self.analysis.current:
+            return self
+        fresh = replace(self)
+        return fresh if set(fresh.axes) == set(self.axes) else self
 
     @property
     def axes(self) -> Mapping[str, Axis]:

@@ -181,5 +181,5 @@ class _Watch(TorchDispatchMode):
     def _surprise(self, fact: str) -> RuntimeError:
         return RuntimeError(
             f"cannot measure '{self.node}': {fact} on this batch, unlike on the example inputs; "
-            "trace with example inputs like the batches"
+            "trace with example inputs like the batches, and renew a graph that has grown"
         )

@@ -401,9 +401,16 @@ class _Walk:
     def _coded(self, step: Step, out: int, carried: _Carried) -> _Carried:
         """Return where a move takes every entry of the value that is carried."""
         args: list[Any] = [carried.codes if isinstance(a, Slot) else a for a in step.args]
-        views = step.func.overloadpacket in _VIEWS  # of the strides that the real value has
-        found = args[0].reshape(args[1]) if views else step.func(*args, **step.kwargs)
+        shape = self._shape(out)  # of the widths of now; a call may state those of before
+        if step.func.overloadpacket in _VIEWS:  # of the strides that the real value has
+            found = args[0].reshape(shape)
+        elif step.func.overloadpacket is aten.expand:
+            found = args[0].expand(shape)
+        else:
+            found = step.func(*args, **step.kwargs)
         found = found if isinstance(found, Tensor) else found[step.outputs.index(out)]
+        if list(found.shape) != shape:
+            raise self._refusal(f"{step.where} states sizes of before it grew; trace it anew")
         return replace(carried, codes=found)
 
     def _mixed(self, step: Step, number: int, carried: _Carried) -> _Carried:

@@ -71,7 +71,7 @@ class North:
         wide = Widen(measured.axis, tried, weights=start)
         if wide.obstacle(graph) is not None:
             return None
-        grown = wide.edit(graph).graph
+        grown = wide.edit(graph).graph.renewed()
         (seen,) = moments(grown, batches, loss, [measured.axis]).values()
         gains = desired(grown, seen).square().sum(1)
         width = graph.axes[measured.axis].width
