@@ -198,7 +198,7 @@ def said(axis: gg.Axis) -> str:
 
 def counted(sentences: Iterable[str]) -> dict[str, int]:
     """Return how often each sentence comes, apart from the names and sizes in it."""
-    plain = (re.sub(r"(?<!operator) '[^']*'", "", sentence) for sentence in sentences)
+    plain = (re.sub(r"(?<!operator)(?<!goes into) '[^']*'", "", sentence) for sentence in sentences)
     return dict(
         collections.Counter(re.sub(r"(?<!dim )\b\d[\d.]*", "N", sentence) for sentence in plain)
     )
@@ -293,8 +293,8 @@ again; identity layers are inserted at up to {layers} places.
 
 *of the possible*: widened by the prime or by copies, without the axes whose sentence below has
 no number in *possible*: sizes of inputs and outputs, places in space and time, tables by place,
-dims of one. Axes that norms or dropout keep from growing count as possible, although some of them
-are not.
+dims of one, and what a softmax goes over, where a new unit would take its share. Axes that norms or
+dropout keep from growing count as possible, although some of them are not.
 
 *widened*: axes, of all, and by copies; *alone*: of these, each by itself; *zeros*: zero units put
 in and removed;
@@ -376,8 +376,8 @@ def sums(results: list[Found]) -> str:
 
 
 # Axes that cannot grow in any way that keeps the function: sizes of inputs and outputs, places in
-# space and time and what is listed by them, dims of one, tables that nothing learns. All others
-# count as possible.
+# space and time and what is listed by them, dims of one, tables that nothing learns, and what a
+# softmax goes over, of which a finite new one would take its share. All others count as possible.
 NEVER = (
     "is fixed by dim",
     "is dim",
@@ -394,6 +394,9 @@ NEVER = (
     "is padding",
     "is a size computed",
     "has width one",
+    "goes into 'softmax'",
+    "goes into 'log_softmax'",
+    "goes into 'safe_softmax'",
 )
 
 

@@ -609,6 +609,12 @@ def linear(draw: st.DrawFn, name: str) -> Sample:
     return Sample(overload(name), (Entry((*lead, i)), Entry((o, i)), *bias), resizable=True)
 
 
+def trilinear(draw: st.DrawFn, name: str) -> Sample:
+    n, i, j, o = draw(shapes(4, 4))
+    args = Entry((n, i)), Entry((o, i, j)), Entry((n, j)), [1, 3], [0], [1, 2], [2, 3]
+    return Sample(overload(name), args, resizable=True)
+
+
 def convolved(draw: st.DrawFn, name: str) -> Sample:
     """A convolution of one or two dims, grouped or not, either way."""
     d, groups = draw(st.integers(1, 2)), draw(st.sampled_from([1, 1, 2, 3]))
@@ -738,6 +744,7 @@ SAMPLES: dict[Build, str] = {
     multiplied: "mm bmm addmm baddbmm",
     vectors: "mv dot",
     linear: "linear",
+    trilinear: "_trilinear",
     convolved: "convolution _convolution",
     attended: "_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_attention_math",
     looked_up: "embedding",
@@ -1336,6 +1343,11 @@ SAID: tuple[tuple[torch._ops.OpOverload, tuple[Any, ...], str], ...] = (
     (aten.addmm.default, (t(4), t(2, 3), t(3, 4)), "a, b c, c a -> b a"),
     (aten.mv.default, (t(2, 3), t(3)), "a b, b -> a"),
     (aten.linear.default, (t(2, 5, 3), t(4, 3), t(4)), "a b c, d c, d -> a b d"),
+    (
+        aten._trilinear.default,
+        (t(2, 3), t(4, 3, 5), t(2, 5), [1, 3], [0], [1, 2], [2, 3]),
+        "a b, c b d, a d -> a c",
+    ),
     (
         aten.convolution.default,
         (t(2, 3, 7), t(4, 3, 2), t(4), *PLAIN, 1),

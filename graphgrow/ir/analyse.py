@@ -528,7 +528,7 @@ class _Settled:
     def _collect_roles(self) -> None:
         for step, outcome in self.watch.steps:
             if [len(term) for term in layout.expand(outcome.mixed)] != [1]:
-                freeze(outcome.mixed, "mixes its units")
+                freeze(outcome.mixed, f"is normalised together with other axes by {step.where}")
             for slot, number in enumerate(step.inputs):
                 source = self.watch.sources.get(number)
                 if source is not None and step.row.kind is not Kind.MOVE:

@@ -535,9 +535,15 @@ def _spatial_dims(c: Call) -> int:
     return int(next(digit for digit in reversed(name.split("_with")[0]) if digit in "123"))
 
 
+def _mixing(c: Call) -> str:
+    """Return why the units that an operator compares cannot be more, with its name."""
+    name = c.func.overloadpacket.__name__.strip("_").removeprefix("native_")
+    return f"goes into '{name}', which mixes its units"
+
+
 def reduce(c: Call) -> Outcome:
     """Keep the dims that are not reduced; the reduced ones mix their units."""
-    return _reduced(c, lambda parts: freeze(parts, "mixes its units"), ())
+    return _reduced(c, lambda parts: freeze(parts, _mixing(c)), ())
 
 
 def norm(c: Call) -> Outcome:
@@ -583,7 +589,7 @@ def along(c: Call) -> Outcome:
     if x.dim() == 0:
         return Outcome([[] for _ in c.outs])
     d = c.arg(_dim_position(c), "dim", -1)
-    freeze(c.of(x)[d % x.dim()], "mixes its units")
+    freeze(c.of(x)[d % x.dim()], _mixing(c))
     shapes = [out.shape[d % x.dim()] if out.dim() else 1 for out in c.outs]
     return Outcome(
         [
@@ -626,7 +632,7 @@ def layer_norm(c: Call) -> Outcome:
             for d in range(count):
                 unify(c.of(t)[d], dims[x.dim() - count + d])
     for parts in dims[x.dim() - count :] if not single else []:
-        freeze(parts, "mixes its units")
+        freeze(parts, _mixing(c))
     statistics = [*dims[: x.dim() - count], *[ONE] * count]
     outs = [list(dims), *(list(statistics) for _ in c.outs[1:])]
     return Outcome(outs, mixed=dims[-1] if single else ONE)
