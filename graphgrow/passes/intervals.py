@@ -137,6 +137,10 @@ _BETWEEN = {
 }
 
 
+BOUNDED = {*_BETWEEN, "native_layer_norm", "rsqrt", "hardtanh", "clamp"} - {"relu", "abs", "exp"}
+"""The operators whose outputs have a bound on both sides, and what RMS norms are made of."""
+
+
 def _by_kind(o: Operation) -> Range | None:
     """Return what follows from the kind of an operator alone: entries that only move."""
     by_strides = o.func.overloadpacket in (aten.as_strided, aten.as_strided_)

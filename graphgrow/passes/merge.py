@@ -10,8 +10,8 @@ import torch
 from graphgrow.errors import NotApplicable
 from graphgrow.ir.analyse import Axis, ParameterDim
 from graphgrow.ir.graph import Graph
-from graphgrow.passes.ranges import Box, ranges
-from graphgrow.passes.remove import Remove, is_clipped
+from graphgrow.passes.ranges import Box, Ranges
+from graphgrow.passes.remove import Remove, bounds, is_removable
 from graphgrow.passes.rewrite import Edit, free_axes, refusal
 from graphgrow.passes.units import Resized
 
@@ -56,22 +56,19 @@ class Merge:
 
 def _removable(graph: Graph, axis: Axis, box: Box | None) -> tuple[int, ...]:
     """Return the units that can be removed together, the first of equal ones kept."""
-    suspects = _suspects(graph, axis, box)
+    known = bounds(graph, axis, box)
+    suspects = _suspects(graph, axis, known)
     whole = suspects[: axis.width - 1]
-
-    def goes(units: tuple[int, ...]) -> bool:
-        return Remove(axis.name, tuple(sorted(units)), box=box).obstacle(graph) is None
-
-    if not whole or goes(whole):
+    if not whole or is_removable(graph, axis, whole, known):
         return tuple(sorted(whole))
     gone: tuple[int, ...] = ()
     for unit in suspects:
-        if len(gone) < axis.width - 1 and goes((*gone, unit)):
+        if len(gone) < axis.width - 1 and is_removable(graph, axis, (*gone, unit), known):
             gone = (*gone, unit)
     return tuple(sorted(gone))
 
 
-def _suspects(graph: Graph, axis: Axis, box: Box | None) -> tuple[int, ...]:
+def _suspects(graph: Graph, axis: Axis, known: Ranges | None) -> tuple[int, ...]:
     """Return the units whose numbers make it worth a try, the last ones first."""
     same = Resized(graph.analysis, axis.name, np.arange(axis.width))
     found = torch.zeros(axis.width, dtype=torch.bool)
@@ -88,9 +85,7 @@ def _suspects(graph: Graph, axis: Axis, box: Box | None) -> tuple[int, ...]:
         found |= (torch.cat([entries(at) for at in axis.consumers], 1) == 0).all(1)
     for at in axis.carriers:
         found |= (entries(at) == 0).all(1)
-    if is_clipped(graph, axis):
-        bounds = ranges(graph, box)
-        for step in graph.analysis.touching(axis.name):
-            clip = bounds.of(graph.analysis, step, axis.name)
-            found |= torch.from_numpy(~np.isnan(clip.held)) if clip is not None else False
+    for step in graph.analysis.touching(axis.name):
+        clip = known.of(graph.analysis, step, axis.name) if known is not None else None
+        found |= torch.from_numpy(~np.isnan(clip.held)) if clip is not None else False
     return tuple(reversed(found.nonzero().flatten().tolist()))

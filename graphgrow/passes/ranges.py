@@ -16,7 +16,7 @@ from graphgrow.dispatch import Dispatch
 from graphgrow.ir.analyse import Analysis, Step, run_watched, written
 from graphgrow.ir.graph import Graph
 from graphgrow.ir.rules import aten, row_of
-from graphgrow.passes.intervals import Operation, Range, anything, point, through
+from graphgrow.passes.intervals import BOUNDED, Operation, Range, anything, point, through
 
 Box = tuple[float, float]
 
@@ -84,6 +84,11 @@ def _ends(
         for sign, end, how in ((1, rows.amin(1), "amin"), (-1, rows.amax(1), "amax"))
     )
     return least.numpy(), most.numpy()
+
+
+def is_bounded(graph: Graph) -> bool:
+    """Return whether some operator of a graph gives bounded numbers, whatever goes in."""
+    return any(step.func.overloadpacket.__name__ in BOUNDED for step in graph.analysis.steps)
 
 
 def ranges(graph: Graph, box: Box | None = None) -> Ranges:

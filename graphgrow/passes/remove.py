@@ -19,7 +19,7 @@ from graphgrow.ir.layout import Layout
 from graphgrow.passes.factors import Compensation, listed
 from graphgrow.passes.follow import Arrival, Follower, Reduction
 from graphgrow.passes.prove import Proof, Verdict, judge, old_entries, per_output, rounding
-from graphgrow.passes.ranges import CLIPS, Box, Ranges, ranges
+from graphgrow.passes.ranges import CLIPS, Box, Ranges, is_bounded, ranges
 from graphgrow.passes.resize import resize
 from graphgrow.passes.rewrite import Edit, free_axes, refusal
 from graphgrow.passes.units import Resized, gather, times
@@ -87,8 +87,9 @@ class Remove:
             absorb = Absorb.fit(graph, axis.name, units, *given)
         narrowed = _Narrowed(graph, change, absorb)
         box = None
-        if narrowed.reason is not None and is_clipped(graph, axis):
-            bounded = _Narrowed(graph, change, absorb, ranges(graph, self.box))
+        known = bounds(graph, axis, self.box) if narrowed.reason is not None else None
+        if known is not None:
+            bounded = _Narrowed(graph, change, absorb, known)
             if bounded.reason is None:
                 narrowed, box = bounded, self.box
         if narrowed.reason is not None:
@@ -134,9 +135,16 @@ def _removal(analysis: Analysis, axis: Axis, units: tuple[int, ...]) -> Resized:
     return Resized(analysis, axis.name, position)
 
 
-def is_clipped(graph: Graph, axis: Axis) -> bool:
-    """Return whether a ReLU or the like clips the units of an axis."""
-    return any(s.func.overloadpacket in CLIPS for s in graph.analysis.touching(axis.name))
+def bounds(graph: Graph, axis: Axis, box: Box | None) -> Ranges | None:
+    """Return the ranges of a graph's values, None where they can say nothing of an axis' units."""
+    clipped = any(s.func.overloadpacket in CLIPS for s in graph.analysis.touching(axis.name))
+    return ranges(graph, box) if clipped and (box is not None or is_bounded(graph)) else None
+
+
+def is_removable(graph: Graph, axis: Axis, units: tuple[int, ...], known: Ranges | None) -> bool:
+    """Return whether units go exactly, with what is known of ranges."""
+    change = _removal(graph.analysis, axis, tuple(sorted(units)))
+    return _Narrowed(graph, change, None, known).reason is None
 
 
 def _read_backwards(sentence: str) -> str:
