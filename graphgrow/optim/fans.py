@@ -12,7 +12,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-import networkx as nx
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -219,6 +218,8 @@ def _fans(graph: Graph, found: Iterable[_Site]) -> Fans:
     """
     order = {name: k for k, name in enumerate(graph.axes)}
     sites = [site for site in found if _learns(graph.state[site.path])]
+    import networkx as nx
+
     links = nx.Graph()
     for site in sites:
         links.add_node(site)
