@@ -8,7 +8,7 @@ factors and the Fisher matrix of the predicted classes: damping 0.003, batches o
 each epoch of the first two thirds units are added, six at most, as long as one raises the score
 more than τ = 1.007 times and by more than α of the squared gradient at the outputs. Candidates are
 searched on 8192 training images by gradient ascent, the best of them is chosen on 8192 others and
-judged on n = 20,000 more, where a unit of no use explains 1/n of the gradient by chance: α is 10/n.
+judged on n = 20,000 more, where a unit of no use explains 1/n of the gradient by chance: α is 20/n.
 Then networks are trained on class-balanced subsets in the same way, for as many steps, candidates
 searched, chosen and judged on a third each where that is less. GRAPHGROW_DATA is a directory with
 MNIST's four files.
@@ -64,7 +64,7 @@ class Run:
             candidates=options.candidates,
             search=gg.scores.Ascent(options.moves),
             tau=TAU,
-            alpha=10 / len(self.look[-1][0]),
+            alpha=20 / len(self.look[-1][0]),
             layer_size=60.0,
         )
         optimizer = gg.KroneckerGradient(
