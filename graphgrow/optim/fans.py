@@ -216,10 +216,10 @@ def _fans(graph: Graph, found: Iterable[_Site]) -> Fans:
 
     A dim of no axis keeps to itself.
     """
+    import networkx as nx  # 12 MiB that most programs do without
+
     order = {name: k for k, name in enumerate(graph.axes)}
     sites = [site for site in found if _learns(graph.state[site.path])]
-    import networkx as nx
-
     links = nx.Graph()
     for site in sites:
         links.add_node(site)
