@@ -8,7 +8,7 @@ factors and the Fisher matrix of the predicted classes: damping 0.003, batches o
 each epoch of the first two thirds units are added, six at most, as long as one raises the score
 more than τ = 1.007 times and by more than α of the squared gradient at the outputs. Candidates are
 searched on 8192 training images by gradient ascent, the best of them is chosen on 8192 others and
-judged on n = 20,000 more, where a unit of no use explains 1/n of the gradient by chance: α is 20/n.
+judged on n = 20,000 more, where a unit of no use explains 1/n of the gradient by chance: α is 14/n.
 Then networks are trained on class-balanced subsets in the same way, for as many steps, candidates
 searched, chosen and judged on a third each where that is less. GRAPHGROW_DATA is a directory with
 MNIST's four files.
@@ -64,7 +64,7 @@ class Run:
             candidates=options.candidates,
             search=gg.scores.Ascent(options.moves),
             tau=TAU,
-            alpha=20 / len(self.look[-1][0]),
+            alpha=14 / len(self.look[-1][0]),
             layer_size=60.0,
         )
         optimizer = gg.KroneckerGradient(
@@ -189,7 +189,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--epochs", type=int, default=16)
     parser.add_argument("--images", type=int, default=60_000, help="to train on")
-    parser.add_argument("--subsets", type=int, nargs="*", default=[600, 6_000])
+    parser.add_argument("--subsets", type=int, nargs="*", default=[600, 20_000])
     parser.add_argument("--layers", action="store_true", help="try layers, too")
     parser.add_argument("--candidates", type=int, default=16)
     parser.add_argument("--moves", type=int, default=50, help="steps of ascent")
