@@ -19,6 +19,10 @@ conjugate gradients with the euclidean metric at a learning rate and a damping o
 up to a day on a GPU. Here most of what fits 1024 images best fits them alone. Its networks get a
 second layer at the first look; here a layer, which counts as 60 units, is worth less than a unit
 then, and `--layers` tries layers, too. Accuracies are on the 10,000 test images.
+
+Measured: 54 units and 97.9 % after 928 steps, no drop at any of 44 growths; 24 units from 20,000
+images, 10 from 600; 340 s of one core of a busy machine. α sets the size: 20/n ends at 43 units and
+97.6 %, 10/n at 68 and 97.8 %; smaller subsets have a larger α, as they have a smaller n.
 """
 
 import argparse
