@@ -24,8 +24,11 @@ def standardised(x, seen, dim=None):
     return (x - mean) / deviation
 
 
-def mnist():
-    """Return standardised images and labels for training and test, None where there are none."""
+def mnist(standardise=True):
+    """Return images and labels for training and test, None where there are none.
+
+    Without `standardise`, pixels are from 0 to 1.
+    """
     folder = os.environ.get("GRAPHGROW_DATA")
     if not folder or not all((Path(folder) / name).exists() for name in FILES):
         print(f"skipped: set GRAPHGROW_DATA to a directory with {', '.join(FILES)}")
@@ -36,8 +39,9 @@ def mnist():
         found.append(
             torch.frombuffer(bytearray(raw), dtype=torch.uint8)[16 if "images" in name else 8 :]
         )
-    images = [t.reshape(-1, 784).float() for t in found[::2]]
-    images = [standardised(x, images[0][:50_000]) for x in images]
+    images = [t.reshape(-1, 784).float() / 255 for t in found[::2]]
+    if standardise:
+        images = [standardised(x, images[0][:50_000]) for x in images]
     return (images[0], found[1].long()), (images[1], found[3].long())
 
 

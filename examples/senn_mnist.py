@@ -1,22 +1,28 @@
-"""A self-expanding network finds its size on MNIST: width and depth by the natural expansion score.
+"""A self-expanding network finds its size on MNIST: width by the natural expansion score.
 
-    GRAPHGROW_DATA=... python examples/senn_mnist.py [--epochs 12] [--figure senn_mnist.png]
+    GRAPHGROW_DATA=... python examples/senn_mnist.py [--epochs 16] [--figure senn_mnist.png]
 
 One hidden layer starts with ten units and is trained by natural gradient descent with Kronecker
-factors: damping 0.1, batches of 1024, weight decay 0.005, a learning rate of 0.3 that falls to 0 in
-the end. After each epoch of the first two thirds one layer at most, then units, are added as long
-as they raise the score more than τ = 1.007 times and by more than α of the squared gradient at the
-outputs; a layer counts as 60 units. Candidates are searched on 1024 training images by gradient
-ascent and judged on n = 20,000 others, where a unit of no use explains 1/n of the gradient by
-chance: α is 4/n. Then networks are trained on class-balanced subsets in the same way, width only;
-candidates are searched and judged on one half each where that is less. GRAPHGROW_DATA is a
-directory with MNIST's four files.
+factors and the Fisher matrix of the predicted classes: damping 0.003, batches of 1024, weight decay
+0.05, steps of length 0.5 at most, a learning rate of 0.3 that falls to 0 in the last third. After
+each epoch of the first two thirds units are added, six at most, as long as one raises the score
+more than τ = 1.007 times and by more than α of the squared gradient at the outputs. Candidates are
+searched on 8192 training images by gradient ascent, the best of them is chosen on 8192 others and
+judged on n = 20,000 more, where a unit of no use explains 1/n of the gradient by chance: α is 14/n.
+Then networks are trained on class-balanced subsets in the same way, for as many steps, candidates
+searched, chosen and judged on a third each where that is less. GRAPHGROW_DATA is a directory with
+MNIST's four files.
 
 The paper is Mitchell, Mundt and Kersting (2023), Self-Expanding Neural Networks, section 4.3. It
-has 10,000 candidates, looks every 10 epochs, takes conjugate gradients at a learning rate of 0.1,
-and judges on 1024 images with a larger α. Accuracies here are on the 10,000 test images. Measured:
-`--epochs 6 --most 5 --subsets` takes 40 s on one core and ends at 20 units and 93.3 %, after 348
-steps; the paper's numbers have not been reached in so few.
+has 10,000 candidates for a place, searched and chosen on 1024 images, looks every 10 epochs, takes
+conjugate gradients with the euclidean metric at a learning rate and a damping of 0.1, and runs for
+up to a day on a GPU. Here most of what fits 1024 images best fits them alone. Its networks get a
+second layer at the first look; here a layer, which counts as 60 units, is worth less than a unit
+then, and `--layers` tries layers, too. Accuracies are on the 10,000 test images.
+
+Measured: 54 units and 97.9 % after 928 steps, no drop at any of 44 growths; 24 units from 20,000
+images, 10 from 600; 340 s of one core of a busy machine. α sets the size: 20/n ends at 43 units and
+97.6 %, 10/n at 68 and 97.8 %; smaller subsets have a larger α, as they have a smaller n.
 """
 
 import argparse
@@ -30,8 +36,9 @@ from torch import nn
 import graphgrow as gg
 from graphgrow.nn import Rational
 
-START, BATCH, JUDGED = 10, 1024, 20_000
-RATE, DECAY, TAU = 0.3, 5e-3, 1.007
+START, BATCH = 10, 1024
+LOOK = 8192, 8192, 20_000  # images that candidates are searched, chosen and judged on
+RATE, DAMPING, DECAY, RADIUS, TAU = 0.3, 3e-3, 0.05, 0.5, 1.007
 
 
 def network(generator):
@@ -49,30 +56,30 @@ def network(generator):
 class Run:
     """One network that is trained and grown, and what happened."""
 
-    def __init__(self, train, validation, options, *, layers):
+    def __init__(self, train, validation, options):
         self.train, self.validation, self.options = train, validation, options
         self.draws = torch.Generator().manual_seed(options.seed)
         model = network(self.draws)
-        half = len(train[0]) // 2
-        self.look = [
-            tuple(t[: min(BATCH, half)] for t in train),
-            tuple(t[-min(JUDGED, half) :] for t in train),
-        ]
-        alpha = 4 / len(self.look[1][0])
-        common = {"search": gg.scores.Ascent(options.moves), "tau": TAU, "alpha": alpha}
-        self.scores = [gg.scores.Senn(1, candidates=options.candidates, **common)]
-        if layers:
-            common |= {"layer_size": 60.0, "candidates": 16}
-            self.scores.insert(0, gg.scores.Senn(0, layers=True, **common))
+        third = len(train[0]) // 3
+        parts = [slice(k * third, k * third + min(size, third)) for k, size in enumerate(LOOK)]
+        self.look = [tuple(t[part] for t in train) for part in parts]
+        score = gg.scores.Senn(
+            layers=options.layers,
+            candidates=options.candidates,
+            search=gg.scores.Ascent(options.moves),
+            tau=TAU,
+            alpha=14 / len(self.look[-1][0]),
+            layer_size=60.0,
+        )
         optimizer = gg.KroneckerGradient(
-            model.parameters(), RATE, 0.1, weight_decay=DECAY, metric="loss"
+            model.parameters(), RATE, DAMPING, weight_decay=DECAY, metric="loss", radius=RADIUS
         )
         self.grower = gg.Grower(
             model,
             train[0][:2],
             loss=F.cross_entropy,
             optimizer=optimizer,
-            score=self.scores[0],
+            score=score,
             where=gg.Where(per=None),
         )
         self.history, self.growths, self.steps = [], [], 0
@@ -101,19 +108,17 @@ class Run:
             return F.cross_entropy(outputs, labels[batch]), outputs
 
         for group in self.grower.optimizer.param_groups:
-            group["lr"] = RATE * min(1.0, 1.5 * (1 - self.steps / total))
+            group["lr"] = RATE * min(1.0, 3 * (1 - self.steps / total))
         self.grower.optimizer.step(closure)
         self.steps += 1
 
     def grow(self):
-        """Add a layer and units, one after the other, and note that the accuracy stays."""
-        for score in self.scores:
-            self.grower.score = score
-            for _ in range(self.options.most if score.units else 1):
-                before, event = self.accuracy(), self.grower.step(self.look)
-                if event is None:
-                    break
-                self.growths.append((self.steps, event["growths"][0], before, self.accuracy()))
+        """Add units or layers, one after the other, and note that the accuracy stays."""
+        for _ in range(self.options.most):
+            before, event = self.accuracy(), self.grower.step(self.look)
+            if event is None:
+                break
+            self.growths.append((self.steps, event["growths"][0], before, self.accuracy()))
 
     @torch.no_grad()
     def accuracy(self):
@@ -186,39 +191,40 @@ def save_figure(run, subsets, path):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--epochs", type=int, default=16)
     parser.add_argument("--images", type=int, default=60_000, help="to train on")
-    parser.add_argument("--subsets", type=int, nargs="*", default=[600, 6_000, 60_000])
-    parser.add_argument("--subset-epochs", type=int, default=4, help="of all images")
-    parser.add_argument("--candidates", type=int, default=24)
-    parser.add_argument("--moves", type=int, default=80, help="steps of ascent")
+    parser.add_argument("--subsets", type=int, nargs="*", default=[600, 20_000])
+    parser.add_argument("--layers", action="store_true", help="try layers, too")
+    parser.add_argument("--candidates", type=int, default=16)
+    parser.add_argument("--moves", type=int, default=50, help="steps of ascent")
     parser.add_argument("--most", type=int, default=6, help="units added at a time")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--figure", help="where to draw the panels of figure 4")
     options = parser.parse_args()
-    data = mnist()
+    data = mnist(standardise=False)
     if data is None:
         return
     (images, labels), validation = data
     train = images[: options.images], labels[: options.images]
     torch.set_num_threads(1)  # networks as small as these gain nothing from more
     began = time.process_time()
-    run = Run(train, validation, options, layers=True).run(options.epochs, options.images)
+    run = Run(train, validation, options)
+    run.run(options.epochs, options.images)
     subsets = []
     for count in options.subsets:
-        found = Run(balanced(train, count, options.seed), validation, options, layers=False)
-        subsets.append((count, found.run(options.subset_epochs, options.images)))
+        found = Run(balanced(train, count, options.seed), validation, options)
+        subsets.append((count, found.run(options.epochs, options.images)))
+    subsets.append((options.images, run))
     report(run, subsets, time.process_time() - began)
     if options.figure:
         save_figure(run, subsets, options.figure)
     for _, growth, before, after in run.growths:
         assert abs(after - before) <= 2e-4, "growing must not change what images are taken for"
         assert abs(growth["loss_after"] - growth["loss_before"]) < 1e-4
-    if options.epochs >= 6:
-        assert sum(run.units) > START and run.history[-1][2] > run.history[0][2] + 0.01
-    sizes = [sum(found.units) for _, found in subsets]
-    if options.subset_epochs >= 4:
-        assert sizes == sorted(sizes), sizes
+    if options.epochs >= 16 and options.images == 60_000:
+        sizes = [sum(found.units) for _, found in subsets]
+        assert run.history[-1][2] > 0.97
+        assert sizes == sorted(sizes) and START < sizes[-1] <= 60, sizes
 
 
 if __name__ == "__main__":

@@ -14,10 +14,18 @@ leaves GradMax out, whose units have no effect before a gradient step. The joint
 eq. 5. The activation is max(x, 0) with slope one at zero, as GradMax's authors have it. Takes about
 three minutes on one core.
 
-Measured, training loss and test accuracy after five rounds, from 4.66 and 1.3 %: joint TINY 3.50
-and 10.0 %, TINY 3.55 and 8.5 %, random 3.61 and 8.6 %, GradMax 3.62 and 10.7 %. Much of it is the
-best update of present weights, which all four get here: without it random growth stays at chance as
-in the paper, but TINY's units, made for what that update leaves over, hardly lower the loss either.
+Measured, training loss after five rounds, from 4.65, and test accuracy, from 1 %:
+
+    --seed         0              1              2              mean
+    joint TINY     3.59,  9.7 %   3.81, 7.5 %    3.57, 9.4 %    3.65
+    TINY           3.56,  9.1 %   3.58, 8.1 %    3.69, 8.5 %    3.61
+    GradMax        3.62, 10.7 %   3.85, 5.9 %    3.77, 7.5 %    3.75
+    random         3.61,  8.6 %   3.62, 8.9 %    3.59, 8.6 %    3.61
+
+Both TINYs are ahead of GradMax on all seeds, but not of random growth: the paper's order does not
+appear there. Much of it is the best update of present weights, which all four get here: without it
+random growth stays at chance as in the paper, but TINY's units, made for what that update leaves
+over, hardly lower the loss either.
 
 Source: Verbockhaven, Rudkiewicz, Chevallier, Charpiat (2024), Growing Tiny Networks, section 5.2.
 """
@@ -150,7 +158,7 @@ def main():
         save_figure(runs, options.figure)
     ends = {kind: rows[-1][1] for kind, rows in runs.items()}
     if options.rounds > 2:
-        assert max(ends["TINY"], ends["joint TINY"]) < min(ends["GradMax"], ends["random"])
+        assert max(ends["TINY"], ends["joint TINY"]) < ends["GradMax"]
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from graphgrow.ir.graph import Graph
 from graphgrow.ir.lower import lower
 from graphgrow.ir.trace import trace
 from graphgrow.measure.cost import flops, latency, parameters
-from graphgrow.moments import Loss, Moments, moments, obstacle
+from graphgrow.moments import ALL, Loss, Moments, moments, obstacle
 from graphgrow.optim.migrate import migrate
 from graphgrow.passes.apply import apply
 from graphgrow.passes.journal import rewrite_from_json, rewrites_to_json
@@ -41,7 +41,8 @@ Event = dict[str, Any]
 class Score(Protocol):
     """What proposes new units from moments; `project` says whether these must be projected.
 
-    A score with an attribute `overlap` that is true gets what producers and consumers read, too.
+    A score with an attribute `overlap` that is true gets what producers and consumers read, too;
+    one with `needs` gets the moments that it names alone (see `moments`).
     """
 
     @property
@@ -175,6 +176,7 @@ class Grower:
             axes,
             project=getattr(score, "project", False),
             overlap=getattr(score, "overlap", False),
+            of=self._needs(),
         )
         if isinstance(self.when, Choosy):
             found = self.when.ripe(self.graph, found)
@@ -187,6 +189,13 @@ class Grower:
             sized = dataclasses.replace(score, units=self._wanted(name))
             proposals += sized.proposals(self.graph, {name: measured})
         return proposals
+
+    def _needs(self) -> list[str]:
+        """Return the moments that the score and the schedule look at."""
+        asked: list[Any] = [self.when] if isinstance(self.when, Choosy) else []
+        if not isinstance(self.score, Search):
+            asked.append(self.score)
+        return list(dict.fromkeys(name for one in asked for name in getattr(one, "needs", ALL)))
 
     def _axes(self) -> list[str]:
         """Return the axes to measure now: those that may grow, or the one whose turn it is."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 from graphgrow.ir.graph import Graph
 from graphgrow.moments import Moments
@@ -48,7 +48,7 @@ class When(Protocol):
 
 @runtime_checkable
 class Choosy(When, Protocol):
-    """A `When` that also looks at what was measured."""
+    """A `When` that also looks at what was measured: all moments, or those that `needs` names."""
 
     def ripe(self, graph: Graph, measured: Mapping[str, Moments]) -> Mapping[str, Moments]:
         """Return the moments of those axes that are to grow now."""
@@ -101,6 +101,7 @@ class Bottleneck:
 
     share: float
     steps: int = 1
+    needs: ClassVar[tuple[str, ...]] = ("present", "desired", "gradient")
 
     def due(self, clock: Clock) -> bool:
         """Return whether it is time to measure."""

@@ -22,7 +22,7 @@ SHORT = {
     "xng_two_units.py": "--runs 3 --steps 40".split(),
     "senn_regression.py": "--steps 60".split(),
     "senn_mnist.py": (
-        "--epochs 2 --images 3000 --subsets 200 --subset-epochs 1 --candidates 4 --moves 2 --most 1"
+        "--epochs 2 --images 3000 --subsets 200 --candidates 4 --moves 2 --most 1"
     ).split(),
     "nonparametric_mnist.py": "--grow 3 --settle 1 --scratch 1 --images 5000".split(),
 }

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import graphgrow as gg
 from graphgrow.measure.cost import latency
-from graphgrow.moments import moments
+from graphgrow.moments import ALL, moments
 from graphgrow.scores.amplitude import mean_loss
 from graphgrow.scores.carry import carried
 from graphgrow.when import Clock
@@ -215,6 +215,59 @@ def test_only_axes_whose_bottleneck_is_a_share_of_what_is_desired_grow() -> None
         grown.append([] if event is None else sorted(g["axis"] for g in event["growths"]))
     assert grown == [sorted(shares), [n for n, s in shares.items() if s == high], []]
     assert [gg.Bottleneck(0.1, 3).due(Clock(steps=n)) for n in (2, 3)] == [False, True]
+
+
+@pytest.mark.parametrize(
+    "score",
+    [
+        gg.scores.Tiny(1), gg.scores.Tiny(), gg.scores.Tiny(1, joint=True),
+        gg.scores.Tiny(joint=True), gg.scores.GradMax(2), gg.scores.Random(1),
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_what_a_score_needs_is_enough_and_not_too_much(score: Any) -> None:
+    graph = gg.trace(fresh()[0], BATCHES[0][0][:2])
+    project, overlap = (getattr(score, name, False) for name in ("project", "overlap"))
+
+    def proposals(of: Any) -> Any:
+        found = moments(
+            graph, BATCHES, F.cross_entropy, ["second"], project=project, overlap=overlap, of=of
+        )
+        return [(p.gain, p.rewrite, p.target) for p in score.proposals(graph, found)]
+
+    assert proposals(score.needs) == proposals(ALL)
+    implied = ("present", "desired") if project else ()
+    for name in set(score.needs) - set(implied):
+        with pytest.raises(ValueError, match=f"cannot give '{name}'"):
+            proposals([n for n in score.needs if n != name])
+
+
+def test_no_more_is_measured_than_score_and_schedule_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[set[str]] = []
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        asked.append(set(kwargs["of"]))
+        return moments(*args, **kwargs)
+
+    monkeypatch.setattr("graphgrow.grow.moments", noted)
+    share = gg.Bottleneck(0.0)
+    for score, when in (
+        (gg.scores.GradMax(2), gg.Every(1)),
+        (gg.scores.GradMax(2), share),
+        (gg.scores.Senn(search=gg.scores.Ascent(steps=1), candidates=2), share),
+        (NoNeeds(), gg.Every(1)),
+    ):
+        grower(*fresh(), score=score, when=when).step(BATCHES)
+    assert asked == [{"cross"}, {"cross", *share.needs}, {*share.needs}, {*ALL}]
+
+
+class NoNeeds:
+    """A score that does not say what it needs."""
+
+    project = False
+
+    def proposals(self, graph: Any, found: Any) -> list[Any]:
+        return []
 
 
 def test_growth_stops_where_the_measured_latency_would_be_too_long(

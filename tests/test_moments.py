@@ -6,6 +6,8 @@ import copy
 import gc
 import itertools
 import re
+import subprocess
+import sys
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -754,3 +756,16 @@ def test_nothing_of_a_batch_is_kept_after_it() -> None:
     finally:
         gc.enable()
     assert alive == [0, 0, 0, 0]
+
+
+def test_measuring_loads_none_of_what_takes_more_memory_than_small_models() -> None:
+    script = (
+        "import sys, torch, graphgrow as gg\n"
+        "x = torch.randn(4, 3)\n"
+        "from torch import nn\n"
+        "model = nn.Sequential(nn.Linear(3, 2), nn.ReLU(), nn.Linear(2, 2))\n"
+        "gg.moments(gg.trace(model, x), [(x, x[:, :2])], torch.nn.functional.mse_loss)\n"
+        "print(sorted({'torch._dynamo', 'sympy', 'networkx', 'sklearn'} & set(sys.modules)))"
+    )
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert found.stdout == "[]\n", found

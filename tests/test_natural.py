@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -126,6 +127,21 @@ def test_groups_have_their_own_damping_and_learning_rate() -> None:
     assert torch.allclose(flat(model.parameters()), before - 0.5 * step, rtol=1e-8)
 
 
+@pytest.mark.parametrize("kind", [gg.NaturalGradient, gg.KroneckerGradient])
+def test_no_step_is_longer_than_the_radius(kind: Any) -> None:
+    x, y = examples()
+    moved = []
+    for radius in (math.inf, 0.05, 1e3):
+        model = network()
+        optimizer = kind(model.parameters(), 0.5, 0.1, radius=radius)
+        before = flat(model.parameters())
+        optimizer.step(closure(model, x, y))
+        moved.append(flat(model.parameters()) - before)
+        rate = min(0.5, radius / optimizer.score**0.5)
+        assert torch.allclose(moved[-1] / rate, moved[0] / 0.5)
+    assert torch.equal(moved[0], moved[2]) and moved[1].norm() < 0.5 * moved[0].norm()
+
+
 @pytest.mark.parametrize("grouped", [False, True])
 def test_the_kronecker_step_is_that_of_its_factors(grouped: bool) -> None:
     """With one output a random sign is all there is to draw, and squares to one.
@@ -202,7 +218,9 @@ def test_both_go_on_with_a_grown_model(kind: Any) -> None:
     assert not torch.equal(model.get_submodule("5_act").get_parameter("gamma"), before)
 
 
-@pytest.mark.parametrize("settings", [{"lr": -1.0}, {"damping": 0.0}, {"metric": "cosine"}])
+@pytest.mark.parametrize(
+    "settings", [{"lr": -1.0}, {"damping": 0.0}, {"radius": 0.0}, {"metric": "cosine"}]
+)
 def test_bad_settings_are_refused_in_a_sentence(settings: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"cannot make NaturalGradient: .*; give"):
         gg.NaturalGradient(network().parameters(), **settings)

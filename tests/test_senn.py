@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from strategies import Tied, networks
@@ -377,6 +378,37 @@ def test_thresholds_are_relative_to_the_score_and_to_the_limit() -> None:
     assert found.passes(2.4, 0.2) and not found.passes(2.5, 0.2) and not found.passes(2.4, 0.3)
     layer = Finding(gg.Deepen("a"), 2.0, 3.0, 1.0, 10.0, 2.0)
     assert layer.passes(1.7, 0.1) and not layer.passes(1.75, 0.1) and not layer.passes(1.7, 0.15)
+
+
+def test_of_three_batches_the_second_chooses() -> None:
+    """The chosen candidate is the best there, which the best on the first batch need not be."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 2), nn.Tanh(), nn.Linear(2, 3)).double()
+    graph = gg.trace(model, torch.zeros(2, 4, dtype=torch.double))
+    batches = [
+        (torch.randn(20, 4, dtype=torch.double), torch.randint(0, 3, (20,))) for _ in range(3)
+    ]
+
+    def best(seen: Any, only: int | None = None) -> Finding:
+        score = gg.scores.Senn(candidates=8, search=Drawn(only))
+        (found,) = score.findings(graph, seen, F.cross_entropy, ["0"])
+        return found
+
+    alone = [best([batches[1]], k) for k in range(8)]
+    assert best(batches).rewrite == max(alone, key=lambda f: f.increase).rewrite
+    assert best(batches[::2]).rewrite != best(batches).rewrite
+
+
+class Drawn(Ascent):
+    """Leaves candidates where they were drawn; `only` is the one to choose, not the best."""
+
+    def __init__(self, only: int | None = None) -> None:
+        super().__init__(steps=0)
+        object.__setattr__(self, "only", only)
+
+    def choose(self, values: Tensor, generator: torch.Generator) -> int:
+        only = vars(self)["only"]
+        return super().choose(values, generator) if only is None else only
 
 
 # ------------------------------------------------------------------------------ search

@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import networkx as nx
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from graphgrow.errors import NotApplicable
 from graphgrow.ir.analyse import Analysis, Axis, Slot, analyse
 from graphgrow.ir.concern import Concerned, concerned
+
+if TYPE_CHECKING:
+    import networkx as nx
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,6 +109,8 @@ class Graph:
 
     def to_networkx(self, mode: str = "eval") -> nx.DiGraph:
         """Return the dataflow between nodes, each with its operator, target and layouts."""
+        import networkx as nx  # 12 MiB that most programs do without
+
         flow = nx.DiGraph()
         for node in (self.train if mode == "train" else self.eval).nodes:
             layouts = self.layouts(node.name, mode)

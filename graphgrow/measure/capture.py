@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
+from graphgrow.dispatch import Dispatch
 from graphgrow.ir.assemble import assemble
 from graphgrow.ir.graph import Graph
 from graphgrow.ir.rows import RowInterpreter
@@ -59,8 +59,9 @@ class Capture:
             try:
                 value = loss(run.run(*tree_map(_plain, inputs)), target)
                 if run.anchors and value.requires_grad:
-                    start = torch.full_like(value, -examples)
-                    torch.autograd.grad(value, run.anchors, start, allow_unused=True)
+                    # a start of one, since for another torch loads sympy, which takes 50 MiB
+                    falls = value.sum() * -examples
+                    torch.autograd.grad(falls, run.anchors, allow_unused=True)
             finally:
                 run.forget()
         return float(value.detach())
@@ -135,7 +136,7 @@ class _Run(RowInterpreter):
         self.env.clear()
 
 
-class _Watch(TorchDispatchMode):
+class _Watch(Dispatch):
     """Notes what the contractions of one node read, in the order that the analysis saw them."""
 
     def __init__(

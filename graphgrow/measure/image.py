@@ -18,6 +18,7 @@ class Image:
     values: Tensor
     groups: int = 1
     _spread: Tensor | None = None
+    _totals: Tensor | None = None
     _spectra: dict[tuple[tuple[int, ...], ...], Tensor] = field(default_factory=dict)
 
     @property
@@ -44,6 +45,12 @@ class Image:
             self._spread = turned.view(*space, n, c)
         chosen = self._spread[places]
         return chosen.reshape(-1, self.groups, self.channels).permute(1, 2, 0)
+
+    def totals(self) -> Tensor:
+        """Return the sums over all places and examples, `(groups, channels)`."""
+        if self._totals is None:
+            self._totals = self.rows().sum(2)
+        return self._totals
 
     def spectrum(
         self, phase: tuple[int, ...], steps: tuple[int, ...], lengths: tuple[int, ...]

@@ -212,10 +212,11 @@ class Piece:
         if _spatial(a) and _spatial(b):
             self._among(a.product, b.product, found)
         elif a == b and _plain(a):
-            x = self.image(a.product).rows()
+            image = self.image(a.product)
+            x = image.rows()
             found.add_products(x)
             if a.product.bias is not None:
-                found.add_ones(x.sum(2), None, x.shape[2])
+                found.add_ones(image.totals(), None, x.shape[2])
         elif a == b:
             found.add_products(self.patches(a).flatten(2))
         else:
@@ -251,7 +252,7 @@ class Piece:
             return
         found.add_products(self.image(feed.product).rows(), wanted)
         if feed.product.bias is not None:
-            found.add_ones(wanted.sum(2), None, 0)
+            found.add_ones(v.totals(), None, 0)
 
     def _among(self, first: Product, second: Product, found: Sum) -> None:
         """Add products of what two convolutions read at the same positions."""

@@ -53,7 +53,8 @@ def _join(one: Sum, told: list[tuple[Any, ...]], device: torch.device) -> None:
     for name in sorted(shapes, key=repr):
         tensor = known.get(name)
         if tensor is None:
-            tensor = torch.zeros(shapes[name], dtype=torch.double, device=device)
+            tensor = torch.zeros(shapes[name], device=device)
+        tensor = tensor.double()
         dist.all_reduce(tensor)
         if isinstance(name, str):
             setattr(one, name, tensor)

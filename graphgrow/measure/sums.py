@@ -12,7 +12,7 @@ from torch import Tensor
 from graphgrow.measure.correlate import Correlation
 from graphgrow.measure.routes import Feed, Product, Read
 
-BLOCK = 256  # rows and columns of one symmetric product: what is below the diagonal is left out
+BLOCK = 128  # rows and columns of one symmetric product: what is below the diagonal is left out
 RUN = 4096  # products summed in single precision before they are added to the sum
 
 
@@ -51,10 +51,9 @@ class Sum:
         if y is None:
             self.upper = True
             for i in range(0, x.shape[1], BLOCK):
-                recent[:, i : i + BLOCK, i:].baddbmm_(x[:, i : i + BLOCK], x[:, i:].mT)
+                _add_product(recent[:, i : i + BLOCK, i:], x[:, i : i + BLOCK], x[:, i:])
         else:
-            shape = len(recent), -1, -1
-            recent.baddbmm_(x.expand(shape), y.mT.expand(shape))
+            _add_product(recent, x, y)
         self.run += x.shape[2]
         if self.run >= RUN:
             self.settle()
@@ -76,9 +75,12 @@ class Sum:
         self.run = 0
 
     def close(self) -> None:
-        """Add recent products for good."""
-        self.settle()
-        self.recent = None
+        """Add recent products for good; where they are all there is, they stay as they are."""
+        if self.dense is None:
+            self.dense = self.recent
+        else:
+            self.settle()
+        self.recent, self.run = None, 0
 
     def into(self, out: Tensor) -> None:
         """Add the sum to a tensor `(parts, e, f)`, which may leave out the entries of ones."""
@@ -99,6 +101,15 @@ class Sum:
         if column is not None and out.shape[2] > f:
             out[:, :e, f] += column
             out[:, e:, f] += self.count
+
+
+def _add_product(total: Tensor, x: Tensor, y: Tensor) -> None:
+    """Add x yᵀ, a plain matrix product where there is one group: that is faster."""
+    if len(total) == 1:
+        total[0].addmm_(x[0], y[0].mT)
+    else:
+        shape = len(total), -1, -1
+        total.baddbmm_(x.expand(shape), y.mT.expand(shape))
 
 
 def _plus(known: Tensor | None, found: Tensor) -> Tensor:

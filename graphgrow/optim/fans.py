@@ -12,7 +12,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-import networkx as nx
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -217,6 +216,8 @@ def _fans(graph: Graph, found: Iterable[_Site]) -> Fans:
 
     A dim of no axis keeps to itself.
     """
+    import networkx as nx  # 12 MiB that most programs do without
+
     order = {name: k for k, name in enumerate(graph.axes)}
     sites = [site for site in found if _learns(graph.state[site.path])]
     links = nx.Graph()

@@ -6,6 +6,7 @@ Grosse (2015), K-FAC; as used by Mitchell, Mundt, Kersting (2023), Self-Expandin
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,8 +33,10 @@ class NaturalGradient(Optimizer):
     respect to outputs, which for cross-entropy makes F the Fisher matrix of the predicted classes.
     Conjugate gradients end after `iterations`, or where the residual is `tolerance` times the
     gradient. `weight_decay` shrinks parameters by `lr` times as much, apart from the gradient.
-    `score` is then η = gᵀ(F + damping)⁻¹g of the last step. There is no state, so that the
-    optimizer follows any rewrite.
+    `score` is then η = gᵀ(F + damping)⁻¹g of the last step; its learning rate is `radius`/√η at
+    most, so that no step is longer than `radius` in the metric that it is natural in (the norm
+    constraint of Ba, Grosse and Martens 2017). There is no state, so that the optimizer follows any
+    rewrite.
     """
 
     def __init__(
@@ -46,6 +49,7 @@ class NaturalGradient(Optimizer):
         tolerance: float = 1e-4,
         weight_decay: float = 0.0,
         metric: str = "euclidean",
+        radius: float = math.inf,
     ) -> None:
         if metric not in ("euclidean", "loss"):
             raise ValueError(
@@ -53,12 +57,13 @@ class NaturalGradient(Optimizer):
                 "or 'loss'"
             )
         settings = {"lr": lr, "damping": damping, "weight_decay": weight_decay}
-        for name, value in settings.items():
-            if not value >= 0 or (name == "damping" and value == 0):
+        for name, value in (settings | {"radius": radius}).items():
+            if not value >= 0 or (name in ("damping", "radius") and value == 0):
                 raise ValueError(
                     f"cannot make {type(self).__name__}: {name} is {value}; give a positive number"
                 )
-        self.iterations, self.tolerance, self.metric = iterations, tolerance, metric
+        self.iterations, self.tolerance = iterations, tolerance
+        self.metric, self.radius = metric, radius
         self.score = 0.0
         super().__init__(params, settings)
 
@@ -93,11 +98,12 @@ class NaturalGradient(Optimizer):
     @torch.no_grad()
     def _move(self, step: list[Tensor], params: list[Tensor], gradient: list[Tensor]) -> None:
         self.score = float(_dot(step, gradient))
+        longest = self.radius / math.sqrt(max(self.score, 1e-300))
         steps = {id(p): d for p, d in zip(params, step, strict=True)}
         for group in self.param_groups:
             for p in group["params"]:
                 p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(steps[id(p)], alpha=-group["lr"])
+                p.add_(steps[id(p)], alpha=-min(group["lr"], longest))
 
 
 class KroneckerGradient(NaturalGradient):
@@ -124,6 +130,7 @@ class KroneckerGradient(NaturalGradient):
         tolerance: float = 1e-2,
         weight_decay: float = 0.0,
         metric: str = "euclidean",
+        radius: float = math.inf,
         seed: int = 0,
     ) -> None:
         self._generator = torch.Generator().manual_seed(seed)
@@ -135,6 +142,7 @@ class KroneckerGradient(NaturalGradient):
             tolerance=tolerance,
             weight_decay=weight_decay,
             metric=metric,
+            radius=radius,
         )
 
     def step(self, closure: Closure) -> Tensor:  # type: ignore[override]

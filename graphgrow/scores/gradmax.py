@@ -41,6 +41,7 @@ class GradMax:
     scale: float = 0.5
     norm: float | None = None
     project: ClassVar[bool] = False
+    needs: ClassVar[tuple[str, ...]] = ("cross",)
 
     def proposals(self, graph: Graph, moments: Mapping[str, Moments]) -> list[Proposal]:
         """Return a proposal for each axis where units are alive and exact."""

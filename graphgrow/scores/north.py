@@ -9,7 +9,7 @@ import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 import torch
@@ -54,7 +54,7 @@ class North:
     ) -> list[Proposal]:
         """Return a proposal for each axis that can be measured, of those asked for or all."""
         batches = list(batches)
-        found = moments(graph, batches, loss, axes)
+        found = moments(graph, batches, loss, axes, of=("inputs", "present"))
         made = [self._proposal(graph, m, batches, loss) for m in untied(graph, found)]
         return [p for p in made if p is not None and p.rewrite.obstacle(graph) is None]
 
@@ -72,7 +72,8 @@ class North:
         if wide.obstacle(graph) is not None:
             return None
         grown = wide.edit(graph).graph.renewed()
-        (seen,) = moments(grown, batches, loss, [measured.axis]).values()
+        of = "present", "desired"
+        (seen,) = moments(grown, batches, loss, [measured.axis], of=of).values()
         gains = desired(grown, seen).square().sum(1)
         width = graph.axes[measured.axis].width
         chosen = list(range(count))
@@ -228,6 +229,7 @@ class Orthogonality:
     share: float = 0.97
     level: float = 0.01
     steps: int = 1
+    needs: ClassVar[tuple[str, ...]] = ("present",)
 
     @staticmethod
     def at(

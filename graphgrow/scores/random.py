@@ -25,6 +25,7 @@ class Random:
     units: int = 1
     seed: int = 0
     project: ClassVar[bool] = False
+    needs: ClassVar[tuple[str, ...]] = ("cross",)
 
     def proposals(self, graph: Graph, moments: Mapping[str, Moments]) -> list[Proposal]:
         """Return a proposal for each axis."""

@@ -20,14 +20,16 @@ class Ascent:
     """Gradient ascent on the logarithm of the score, each candidate with a step size of its own.
 
     Where a step does not raise the score it is not taken, and the step size of that candidate is
-    divided by 3. The candidate with the largest score is chosen.
+    divided by 3; where it does, it is multiplied by `faster`. The candidate with the largest score
+    is chosen.
 
     Source: Mitchell et al. (2023), appendix C; the logarithm, which makes step sizes independent of
-    the loss, is ours.
+    the loss, and `faster` are ours: their steps do not become longer again.
     """
 
     steps: int = 300
     rate: float = 0.3
+    faster: float = 1.5
 
     def run(self, score: Score, start: Tensor, generator: torch.Generator) -> Tensor:
         """Return the candidates after the last step."""
@@ -40,7 +42,7 @@ class Ascent:
             here, slope = (torch.where(better[:, None], a, b)
                            for a, b in ((there, here), (slope_there, slope)))  # fmt: skip
             value = torch.where(better, value_there, value)
-            rate = torch.where(better[:, None], rate, rate / 3)
+            rate = torch.where(better[:, None], rate * self.faster, rate / 3)
         return here
 
     def choose(self, values: Tensor, generator: torch.Generator) -> int:

@@ -23,7 +23,7 @@ from graphgrow.passes.widen import Widen
 from graphgrow.scores.candidates import Activations, NewLayer, NewUnits
 from graphgrow.scores.kronecker import Block
 from graphgrow.scores.proposal import Proposal
-from graphgrow.scores.search import Ascent, Mala
+from graphgrow.scores.search import Ascent, Mala, Score
 
 DEFAULT = Ascent()
 
@@ -65,9 +65,10 @@ class Senn:
     new units are tried at once in the widened graph, so any axis will do whose new units linear or
     convolution layers read. With `layers`, candidates for a layer are tried too before each linear
     or convolution layer that reads at most `widest` units: an invertible matrix, then a rational
-    activation. `search` raises Δη on the first batch, and what it chooses is judged by Δη on the
-    last. Without `exact` it raises the paper's lower bound Δη′, whose cost does not depend on how
-    much a layer reads; once a layer is well trained the bound is far below Δη.
+    activation. `search` raises Δη on the first batch; where there are three, the second chooses
+    among what it found, since most candidates fit the first batch alone; what is chosen is judged
+    by Δη on the last. Without `exact` it raises the paper's lower bound Δη′, whose cost does not
+    depend on how much a layer reads; once a layer is well trained the bound is far below Δη.
 
     A place is proposed only where η becomes more than `tau` times as large and grows by more than
     `alpha` times λ, the mean squared gradient at the outputs. A layer counts as `layer_size` units,
@@ -123,34 +124,42 @@ class Senn:
         if not places:
             return []
         uses = [use for place in places for use in place.uses]
-        seen = [sample(graph, batch, loss, uses, probes=self.probes) for batch in _ends(batches)]
-        return [self._best(place, seen, _ends(batches)) for place in places]
+        last = len(batches) - 1
+        roles = 0, min(1, max(last - 1, 0)), last
+        seen = {k: sample(graph, batches[k], loss, uses, probes=self.probes) for k in set(roles)}
+        looks = [_Look(batches[k][0], seen[k]) for k in roles]
+        return [self._best(place, *looks) for place in places]
 
     def _best(
-        self, place: NewUnits | NewLayer, seen: list[Sample], batches: list[tuple[Any, Any]]
+        self, place: NewUnits | NewLayer, first: _Look, middle: _Look, last: _Look
     ) -> Finding:
         generator = torch.Generator().manual_seed(place.number)
-        first, last = (_Judge(s, place.uses, self.damping) for s in (seen[0], seen[-1]))
-        tried = place.tried(batches[0][0], seen[0], self.candidates)
         start = torch.randn(self.candidates, place.size, generator=generator, dtype=torch.double)
-        start = start.to(next(iter(first.residual.values())).device)
-
-        def score(found: Tensor) -> Tensor:
-            worth = first.increase if self.exact else first.bound
-            return worth(tried(found)) / first.score * place.steady(found)
-
-        found = self.search.run(score, start, generator)
+        start = start.to(next(iter(first.seen.readers.values())).metric.device)
+        found = self.search.run(self._worth(place, first), start, generator)
         with torch.no_grad():
-            values = score(found)
+            values = self._worth(place, middle)(found)
             chosen = found[self.search.choose(values, generator)][None]
-            activations = place.tried(batches[-1][0], seen[-1], 1)(place.settled(chosen))
-            increase, bound = float(last.increase(activations)), float(last.bound(activations))
+            judge = _Judge(last.seen, place.uses, self.damping)
+            activations = place.tried(last.inputs, last.seen, 1)(place.settled(chosen))
+            increase, bound = float(judge.increase(activations)), float(judge.bound(activations))
         rewrite = place.rewrite(chosen[0])
-        return Finding(rewrite, last.score, increase, bound, seen[-1].limit, place.counts)
+        return Finding(rewrite, judge.score, increase, bound, last.seen.limit, place.counts)
+
+    def _worth(self, place: NewUnits | NewLayer, look: _Look) -> Score:
+        """Return what gives each candidate's Δη/η on a batch."""
+        judge = _Judge(look.seen, place.uses, self.damping)
+        tried = place.tried(look.inputs, look.seen, self.candidates)
+        worth = judge.increase if self.exact else judge.bound
+        return lambda found: worth(tried(found)) / judge.score * place.steady(found)
 
 
-def _ends(batches: Sequence[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
-    return [batches[0], batches[-1]] if len(batches) > 1 else [batches[0]]
+@dataclass(frozen=True, eq=False)
+class _Look:
+    """A batch that candidates are searched, chosen or judged on."""
+
+    inputs: Any
+    seen: Sample
 
 
 def _proposal(graph: Graph, found: Finding) -> Proposal:

@@ -55,6 +55,12 @@ class Tiny:
         """Whether what producers and consumers read must be measured together."""
         return self.joint
 
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Which moments it looks at beside these: the gradient's says what is noise."""
+        beside = ("present", "desired") if self.joint else ()
+        return ("inputs", "cross", *beside, *(("gradient",) if self.units is None else ()))
+
     def proposals(self, graph: Graph, moments: Mapping[str, Moments]) -> list[Proposal]:
         """Return a proposal for each axis where one significant unit at least is found."""
         found = (self._proposal(graph, m) for m in untied(graph, moments))
