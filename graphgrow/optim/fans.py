@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 
 import networkx as nx
 import numpy as np
@@ -70,12 +71,25 @@ class Slices:
         total = values.new_zeros(*values.shape[:-1], self.count)
         return total.index_add_(-1, self.fans.to(values.device), values)
 
-    def spread(self, values: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Return numbers of fans, `(fans,)`, by part, in shapes to multiply its tensor by."""
-        each = values if self.fans is None else values[self.fans.to(values.device)]
-        columns = each[:, None].split([len(part.units) for part in self.parts])
-        found = zip(self.parts, columns, tensors, strict=True)
-        return [part.column(_like(column, tensor), tensor) for part, column, tensor in found]
+    def totals(self, values: np.ndarray) -> np.ndarray:
+        """Return what `sums` does, of and in NumPy's numbers."""
+        return values if self.fans is None else self.sums(torch.from_numpy(values)).numpy()
+
+    def spread(self, tensors: Sequence[Tensor], *values: np.ndarray) -> list[list[Tensor]]:
+        """Return numbers of fans, `(fans,)` each, by part, in shapes to multiply its tensor by."""
+        found = []
+        for value in values:
+            each = (value if self.fans is None else value[self.fans])[:, None]
+            columns = [torch.from_numpy(each[here]) for here in self.places]
+            pairs = zip(self.parts, columns, tensors, strict=True)
+            found.append([part.column(_like(column, t), t) for part, column, t in pairs])
+        return found
+
+    @cached_property
+    def places(self) -> list[slice]:
+        """Where the slices of each part are among all."""
+        ends = np.cumsum([0, *(len(part.units) for part in self.parts)]).tolist()
+        return [slice(a, b) for a, b in pairwise(ends)]
 
     def lengths(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Return the length of every slice of a tensor for each part."""
