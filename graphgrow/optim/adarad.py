@@ -23,7 +23,7 @@ from graphgrow.passes.rewrite import Grown
 each: Any = torch  # whose functions of lists of tensors have no stubs
 SHARED = "fans"  # the key, in `state`, of what belongs to fan-ins and not to one parameter
 MARGIN = 256  # times the rounding of its square, a mean is too short beside it to turn along
-TINY = float(np.finfo(np.float32).tiny)
+TINY = 1e-30  # no length and no mean is as small, and its inverse is a number of any type
 
 # Numbers of fan-ins are NumPy's: they are few, and fifty operations on a few are several times as
 # fast there as torch's.
@@ -53,11 +53,11 @@ class _Seen:
         """Return numbers of fan-ins in shapes to multiply the weights by, a list for each."""
         return self.slices.spread(self.weights, *numbers)
 
-    def kept(self, numbers: Numbers, still: float) -> Numbers:
+    def kept(self, numbers: Any, still: float) -> Any:
         """Return numbers of fan-ins, of those that are to stay as they are another."""
         return numbers if self.live is None else np.where(self.live, numbers, still)
 
-    def instead(self, numbers: Numbers, others: Numbers | float) -> Numbers:
+    def instead(self, numbers: Any, others: Numbers | float) -> Any:
         """Return numbers of fan-ins, of those that are zero others."""
         return numbers if self.zero is None else np.where(self.zero, others, numbers)
 
@@ -131,7 +131,7 @@ class AdaRad(Optimizer):
         seen = self._seen(self._held())
         if seen is not None:
             self._move(seen, self._rate(seen))
-        inside = {part.path for part in self.fans.parts}
+        inside = self.fans.slices.paths
         for group in self.param_groups:
             for name, parameter in zip(group["param_names"], group["params"], strict=True):
                 if name not in inside and parameter.grad is not None:
@@ -170,14 +170,13 @@ class AdaRad(Optimizer):
 
     def _live(self, found: Mapping[str, Tensor]) -> tuple[Slices, Numbers | None]:
         """Return the slices of the fan-ins that have a gradient, and which do: None for all."""
-        for part in (part for part in self.fans.parts if part.path in found):
-            gradient = found[part.path].grad
-            if gradient is not None and gradient.is_sparse:
+        moved = [p for p in self.fans.parts if p.path in found and found[p.path].grad is not None]
+        for part in moved:
+            if found[part.path].grad.is_sparse:  # type: ignore[union-attr]
                 raise ValueError(
                     f"cannot step {type(self).__name__}: the gradient of '{part.path}' is sparse; "
                     "make the layer without sparse=True"
                 )
-        moved = [p for p in self.fans.parts if p.path in found and found[p.path].grad is not None]
         if len(moved) == len(self.fans.parts):
             return self.fans.slices, None
         live = np.zeros(self.fans.count, dtype=bool)
@@ -329,32 +328,32 @@ class AdaRadM(AdaRad):
         round and back. What shears do to the lengths of the two is undone by their factors.
         """
         shared, weights, slices = self._shared(seen.length), seen.weights, seen.slices
-        before = shared["mean_capacity"].numpy(force=True)
-        mixing = seen.kept(seen.instead(before * 0 + self._of("momentum_mixing"), 1.0), 0.0)
-        capacity = before + mixing * (1 - before)
+        mixing = seen.kept(seen.instead(self._of("momentum_mixing"), 1.0), 0.0)
+        capacity = shared["mean_capacity"].numpy(force=True) * (1 - mixing) + mixing
         shared["mean_capacity"] = torch.from_numpy(seen.instead(capacity, 0.0))
         means = [self._mean(weight) for weight in weights]
-        each._foreach_lerp_(means, seen.gradients, *seen.spread(mixing))
+        mixed = seen.spread(mixing)[0] if isinstance(mixing, np.ndarray) else mixing
+        each._foreach_lerp_(means, seen.gradients, mixed)
         lost = -mixing * seen.radial
         whole, along = slices.totals(_told(slices.lengths(means)) ** 2), lost * seen.length
         reach = np.sqrt(_rest(whole, seen.instead(along * along, 0.0), MARGIN))
         angle, before, left = self._turn(seen, rate * reach / np.maximum(capacity, TINY), reach)
-        factor = seen.instead(np.ones_like(left), 0.0)
+        factor = None if seen.zero is None else np.where(seen.zero, 0.0, 1.0)
         if (angle > np.pi / 2).any():
             turns = np.rint(angle / np.pi)
             sign = 1 - 2 * (turns % 2)
-            angle, factor, left = angle - turns * np.pi, sign * factor, sign * left
-        tangent = np.tan(angle / 2)
-        leans = seen.kept(tangent * reach / before, 0.0)
-        added = tangent / (1 + tangent * tangent) * before / np.maximum(reach, TINY)
-        first, added, last, kept = seen.spread(
-            lost + leans, seen.kept(-2 * added, 0.0), leans, seen.kept(left / before, 1.0)
-        )
+            angle, left = angle - turns * np.pi, sign * left
+            factor = sign if factor is None else sign * factor
+        tangent, slope = np.tan(angle / 2), np.maximum(reach, TINY) / before
+        leans = seen.kept(tangent * slope, 0.0)
+        added = seen.kept(tangent / (1 + tangent * tangent) / slope * -2, 0.0)
+        kept = seen.kept(left / before, 1.0)
+        first, second, last, kept = seen.spread(lost + leans, added, leans, kept)
         each._foreach_addcmul_(means, weights, first)
-        each._foreach_addcmul_(weights, means, added)
+        each._foreach_addcmul_(weights, means, second)
         each._foreach_addcmul_(means, weights, last)
         each._foreach_mul_(weights, kept)
-        if (factor != 1).any():
+        if factor is not None:
             each._foreach_mul_(means, *seen.spread(seen.kept(factor, 1.0)))
 
     def _mean(self, weight: Tensor) -> Tensor:

@@ -86,6 +86,11 @@ class Slices:
         return found
 
     @cached_property
+    def paths(self) -> frozenset[str]:
+        """The parameters of the parts."""
+        return frozenset(part.path for part in self.parts)
+
+    @cached_property
     def places(self) -> list[slice]:
         """Where the slices of each part are among all."""
         ends = np.cumsum([0, *(len(part.units) for part in self.parts)]).tolist()
