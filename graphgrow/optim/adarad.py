@@ -162,8 +162,8 @@ class AdaRad(Optimizer):
         length, gradient, along = slices.totals(table)  # the first two are squares
         zero = None
         if not length.all():
-            zero = length == 0
-            length = length + zero
+            empty = length == 0  # or not live, and so not looked at
+            length, zero = length + empty, empty if live is None else empty & live
         radial = along / length
         across = np.sqrt(_rest(gradient, radial * along, 16))
         return _Seen(slices, weights, gradients, np.sqrt(length), radial, across, zero, live)
