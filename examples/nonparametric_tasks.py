@@ -16,9 +16,10 @@ a fan-in of length 1 left to itself is gone after 20 ticks, for poker after 50, 
 before the first ones have learned anything take the network with them; in this time 100 units come
 to each layer, a phase takes little longer, and a run three times as long; 100,000 hands. In full a
 tick is an epoch (for poker the tenth of one), one unit comes each tick, a fan-in is gone after 50,
-and patience and 800,000 hands are those of the paper. In both, a step changes a length by a tenth
-of it at most: the radial step size of the paper is 1 / (50 λ), and for λ below 1e-4 its steps jump
-over the length they aim at, until nothing is learned.
+and patience and 800,000 hands are those of the paper. In both, the gradient may change a length by
+ten times what the penalty takes off it, and by less when angular steps are smaller: the radial step
+size of the paper is 1 / (50 λ), and for λ below 1e-4 its steps jump over the length they aim at,
+until nothing is learned.
 """
 
 import argparse
@@ -36,7 +37,7 @@ from torch import nn
 import graphgrow as gg
 from graphgrow.nn import CapNorm
 
-BATCH, LIMIT = 1000, 0.1
+BATCH, LIMIT = 1000, 10
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ TASKS = {
     "poker": Task(
         4,
         10.0,
-        0.5,
+        0.15,
         50,
         (1e-3, 1e-5, 1e-6, 1e-7),
         (100_000, 20_000, 20_000),
@@ -91,7 +92,7 @@ class Pace:
 
 def short(life):
     """Return the pace of a run of a few minutes."""
-    protocol = gg.Protocol(patience=life // 3, fine_patience=2, longest=life * 6 // 5)
+    protocol = gg.Protocol(patience=life // 3, fine_patience=2, longest=life * 4 // 5)
     return Pace(50, 100 / life, life, 3 * life, protocol)
 
 
@@ -139,12 +140,14 @@ def grown(angular, penalty, widths, data, pace):
     """Return the graph that the protocol leads to, and how far it came."""
     draws, share = torch.Generator().manual_seed(0), BATCH / len(data[0][0])
     graph = gg.trace(network(widths, CapNorm), data[0][0][:BATCH])
-    rates = {"lr": angular / share, "radial_lr": 1 / (pace.tick * pace.life * share * penalty)}
-    optimizer = gg.AdaRad(graph, **rates, penalty=penalty, share=share, radial_limit=LIMIT)
+    lr, lost = angular / share, 1 / (pace.tick * pace.life)  # what a length loses in a step
+    rates = {"lr": lr, "radial_lr": lost / (share * penalty), "radial_limit": LIMIT * lost}
+    optimizer = gg.AdaRad(graph, **rates, penalty=penalty, share=share)
     progress, kept, drawn = gg.Progress(), gg.Snapshot.of(graph, optimizer), batches(data[0], draws)
     while progress.phase != "done" and progress.evaluations < pace.most:
         for group in optimizer.param_groups:
-            group.update(pace.protocol.settings(progress, rates["lr"], penalty))
+            group.update(pace.protocol.settings(progress, lr, penalty))
+            group["radial_limit"] = LIMIT * lost * group["lr"] / lr
         train(gg.lower(graph), optimizer, drawn, pace.tick)
         change = gg.turn_over(graph, add=pace.add * progress.adding, generator=draws)
         if change is not None:

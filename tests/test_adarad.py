@@ -59,7 +59,7 @@ class Literal:
         own = math.sqrt(self.square[layer][j] / self.capacity[layer][j] + self.eps)  # 14
         adjusted = math.sqrt(self.most / self.most_capacity) / own * across
         change = self.radial * along  # 15
-        length = float(change.norm() / weight.norm())
+        length = float(change.norm())
         weight = weight - change * min(1.0, self.limit / length if length else 1.0)
         angle = self.angular * float(adjusted.norm())
         before = weight

@@ -73,8 +73,8 @@ class AdaRad(Optimizer):
     training set: gradients, which are to be those of the mean loss of a batch, are multiplied by it
     too, as in the paper, so that step sizes are by epoch, and a fan-in of length 1, left to itself,
     is gone after 1 / (radial_lr * penalty) epochs. Where that makes radial steps so large that they
-    jump over the length they aim at (a small penalty), `radial_limit` bounds the part of its length
-    that the gradient may change in one step; where the length comes to rest stays the same.
+    jump over the length they aim at (a small penalty), `radial_limit` bounds how much the gradient
+    may change a length in one step; where the length comes to rest stays the same.
 
     What is a fan-in is read off the axes of `graph` (`fans.fan_ins`). `param_groups` has one group
     for each bundle of axes, under the `name` of its first, whose settings may be changed; the group
@@ -231,10 +231,10 @@ class AdaRad(Optimizer):
         fan-in that is zero, of length `reach`, takes the place of the weights: a right angle.
         """
         step, limit = self._of("radial_lr") * self._of("share"), self._of("radial_limit")
-        kept = 1 - np.maximum(np.minimum(seen.radial * step, limit), -limit)
-        after = seen.instead(np.abs(kept) * seen.length, reach * step)
-        left = np.maximum(after - step * self._of("penalty"), 0.0)
-        return seen.instead(angle, np.pi / 2), np.copysign(seen.length, kept), left
+        change = seen.instead(seen.radial * seen.length, -reach) * step
+        after = seen.instead(seen.length, 0.0) - np.maximum(np.minimum(change, limit), -limit)
+        left = np.maximum(np.abs(after) - step * self._of("penalty"), 0.0)
+        return seen.instead(angle, np.pi / 2), np.copysign(seen.length, after), left
 
     def _move(self, seen: _Seen, rate: Numbers) -> None:
         """Move all weights: along the gradient across them is along the gradient less the rest."""
