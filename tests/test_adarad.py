@@ -356,6 +356,20 @@ def test_a_layer_without_gradients_stays_with_all_that_is_kept_of_it(kind) -> No
     assert not torch.equal(model[2].weight, moved)
 
 
+@pytest.mark.parametrize("kind", [gg.AdaRad, gg.AdaRadM])
+def test_a_fan_in_of_one_entry_does_not_turn_however_gradients_differ_in_size(kind) -> None:
+    """All of each gradient is along it, but for rounding, which is large beside a small one."""
+    model = mlp(1, 8, 2).float()
+    graph = gg.trace(model, torch.zeros(2, 1))
+    optimizer = kind(graph, lr=3.0, radial_lr=0.0, penalty=0.0, eps=1e-12)
+    before = model[0].weight.detach().clone()
+    for t in range(30):
+        for k, p in enumerate(model.parameters()):
+            p.grad = noise(p, 10 * t + k) * 10.0 ** (-t / 4)
+        optimizer.step()
+        assert torch.allclose(model[0].weight, before, rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", [gg.AdaRad, gg.AdaRadM])
 def test_shorter_numbers_step_alike(kind, dtype: torch.dtype) -> None:

@@ -22,7 +22,6 @@ from graphgrow.passes.rewrite import Grown
 
 each: Any = torch  # whose functions of lists of tensors have no stubs
 SHARED = "fans"  # the key, in `state`, of what belongs to fan-ins and not to one parameter
-MARGIN = 256  # times the rounding of its square, a mean is too short beside it to turn along
 TINY = 1e-30  # no length and no mean is as small, and its inverse is a number of any type
 
 # Numbers of fan-ins are NumPy's: they are few, and fifty operations on a few are several times as
@@ -53,8 +52,8 @@ class _Seen:
         """Return numbers of fan-ins in shapes to multiply the weights by, a list for each."""
         return self.slices.spread(self.weights, *numbers)
 
-    def kept(self, numbers: Any, still: float) -> Any:
-        """Return numbers of fan-ins, of those that are to stay as they are another."""
+    def kept(self, numbers: Any, still: Numbers | float) -> Any:
+        """Return numbers of fan-ins, of those that are to stay as they are others."""
         return numbers if self.live is None else np.where(self.live, numbers, still)
 
     def instead(self, numbers: Any, others: Numbers | float) -> Any:
@@ -128,9 +127,10 @@ class AdaRad(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        seen = self._seen(self._held())
-        if seen is not None:
-            self._move(seen, self._rate(seen))
+        with np.errstate(all="ignore"):  # what overflows shows in the weights, as with torch
+            seen = self._seen(self._held())
+            if seen is not None:
+                self._move(seen, self._rate(seen))
         inside = self.fans.slices.paths
         for group in self.param_groups:
             for name, parameter in zip(group["param_names"], group["params"], strict=True):
@@ -165,7 +165,7 @@ class AdaRad(Optimizer):
             empty = length == 0  # or not live, and so not looked at
             length, zero = length + empty, empty if live is None else empty & live
         radial = along / length
-        across = np.sqrt(_rest(gradient, radial * along, 16))
+        across = np.sqrt(_rest(gradient, radial * along))
         return _Seen(slices, weights, gradients, np.sqrt(length), radial, across, zero, live)
 
     def _live(self, found: Mapping[str, Tensor]) -> tuple[Slices, Numbers | None]:
@@ -317,15 +317,18 @@ class AdaRadM(AdaRad):
 
     def _shared(self, like: Numbers) -> dict[str, Tensor]:
         shared = super()._shared(like)
-        if "mean_capacity" not in shared:
-            shared["mean_capacity"] = torch.from_numpy(np.zeros_like(like))
+        for name in ("mean_capacity", "reach"):
+            if name not in shared:
+                shared[name] = torch.from_numpy(np.zeros_like(like))
         return shared
 
     def _move(self, seen: _Seen, rate: Numbers) -> None:
         """Move weights and running means; a mean starts anew where the fan-in is zero.
 
-        Both turn in place, in their plane, by three shears; angles that are not within ±90° turn
-        round and back. What shears do to the lengths of the two is undone by their factors.
+        What of a gradient is along its fan-in leaves the mean together with the first of three
+        shears, which turn both in place, in their plane; of angles beyond 90° the half turn is a
+        change of signs. So the length of a mean, `reach`, is found before it is at right angles,
+        and bounded by what it was: what is left of two long vectors may be no more than rounding.
         """
         shared, weights, slices = self._shared(seen.length), seen.weights, seen.slices
         mixing = seen.kept(seen.instead(self._of("momentum_mixing"), 1.0), 0.0)
@@ -336,7 +339,10 @@ class AdaRadM(AdaRad):
         each._foreach_lerp_(means, seen.gradients, mixed)
         lost = -mixing * seen.radial
         whole, along = slices.totals(_told(slices.lengths(means)) ** 2), lost * seen.length
-        reach = np.sqrt(_rest(whole, seen.instead(along * along, 0.0), MARGIN))
+        before = shared["reach"].numpy(force=True)
+        most = before * (1 - mixing) + seen.across * mixing  # by the triangle inequality
+        reach = np.minimum(np.sqrt(_rest(whole, seen.instead(along * along, 0.0))), most)
+        shared["reach"] = torch.from_numpy(seen.kept(seen.instead(reach, 0.0), before))
         angle, before, left = self._turn(seen, rate * reach / np.maximum(capacity, TINY), reach)
         factor = None if seen.zero is None else np.where(seen.zero, 0.0, 1.0)
         if (angle > np.pi / 2).any():
@@ -382,16 +388,15 @@ class AdaRadM(AdaRad):
         each._foreach_addcmul_(means, weights, taken)
 
 
-def _rest(square: Numbers, part: Numbers, margin: float) -> Numbers:
+def _rest(square: Numbers, part: Numbers) -> Numbers:
     """Return what is left of squares without a part, none where that is no more than rounding."""
     rest = square - part
-    return rest * (rest > square * (margin * np.finfo(square.dtype).eps))
+    return rest * (rest > square * (16 * np.finfo(square.dtype).eps))
 
 
 def _told(pieces: Sequence[Tensor]) -> Numbers:
-    """Return the numbers of the slices of all parts as NumPy's, which has none below floats."""
-    values = joined(pieces)
-    return (values if values.dtype.itemsize >= 4 else values.float()).numpy(force=True)
+    """Return the numbers of the slices of all parts as NumPy's."""
+    return joined(pieces).numpy(force=True)
 
 
 def _groups(graph: Graph, fans: Fans) -> list[dict[str, Any]]:

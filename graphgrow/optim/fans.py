@@ -99,17 +99,22 @@ class Slices:
     def lengths(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Return the length of every slice of a tensor for each part."""
         pairs = zip(self.parts, tensors, strict=True)
-        return [torch.linalg.vector_norm(part.rows(tensor), dim=1) for part, tensor in pairs]
+        return [torch.linalg.vector_norm(_exact(p.rows(tensor)), dim=1) for p, tensor in pairs]
 
     def dots(self, first: Sequence[Tensor], second: Sequence[Tensor]) -> list[Tensor]:
         """Return the dot products of the slices of two tensors for each part."""
         found = zip(self.parts, first, second, strict=True)
-        return [torch.linalg.vecdot(part.rows(a), part.rows(b)) for part, a, b in found]
+        return [torch.linalg.vecdot(_exact(p.rows(a)), _exact(p.rows(b))) for p, a, b in found]
 
 
 def joined(pieces: Sequence[Tensor]) -> Tensor:
     """Return the numbers of the slices of all parts as one, in type and place of the first."""
     return torch.cat([_like(piece, pieces[0]) for piece in pieces])
+
+
+def _exact(rows: Tensor) -> Tensor:
+    """Return numbers in a type whose sums of squares mean something."""
+    return rows if rows.dtype.itemsize >= 4 else rows.float()
 
 
 def _like(values: Tensor, other: Tensor) -> Tensor:
