@@ -30,7 +30,7 @@ import graphgrow as gg
 from graphgrow.nn import CapNorm
 
 FULL = {"grow": 1000, "settle": 1000, "life": 50, "penalty": 3e-4, "scratch": 1000}
-SHORT = {"grow": 150, "settle": 100, "life": 20, "penalty": 3e-4, "scratch": 40}
+SHORT = {"grow": 100, "settle": 60, "life": 20, "penalty": 3e-4, "scratch": 30}
 BATCH, ANGULAR, START, VALIDATION = 1000, 10.0, (10, 10), 10_000
 COMING = 50  # new units of a layer in the life of one, as in the paper: one each epoch for 50
 
