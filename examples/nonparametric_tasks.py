@@ -20,7 +20,7 @@ full a tick is an epoch (for poker the tenth of one), one unit comes each tick, 
 after 50, and patience and 800,000 hands are those of the paper. In both, the gradient may change a
 length by ten times what the penalty takes off it, and by less when angular steps are smaller: the
 radial step size of the paper is 1 / (50 λ), and for λ below 1e-4 its steps jump over the length
-they aim at, until nothing is learned.
+they aim at, until nothing is learned. The four tasks take 20 minutes of one core in short.
 """
 
 import argparse
