@@ -52,6 +52,7 @@ class Run:
         self.graph, self.sizes, self.change = graph, [sizes], 0.0
         self.births = {"0": [0] * sizes[0], "3": [0] * sizes[1]}
         self.gone, self.lengths, self.losses, self.errors = {"0": [], "3": []}, [], [], []
+        self.beside = {}  # losses and errors of parametric networks by kind
 
     @property
     def lives(self):
@@ -127,9 +128,12 @@ def save_figure(run, path):
         print(f"cannot draw '{path}': matplotlib is not installed")
         return
     figure, ((errors, losses, sizes, _), below) = plt.subplots(2, 4, figsize=(17, 8))
-    errors.semilogy(run.errors)
+    curves = {"nonparametric": (run.losses, run.errors), **run.beside}
+    for (kind, pair), color in zip(curves.items(), ("black", "red", "blue"), strict=False):
+        for panel, values in zip((losses, errors), pair, strict=True):
+            panel.semilogy(values, color=color, label=kind, lw=0.8)
     errors.set_title("validation error")
-    losses.semilogy(run.losses)
+    errors.legend()
     losses.set_title("training cross-entropy")
     sizes.plot(run.sizes, label=["first layer", "second layer"])
     sizes.legend()

@@ -12,13 +12,15 @@ standardised, which the paper does not say; with other scales the lengths that �
 meanings.
 
 A tick is what is trained between two evaluations and turnovers: 50 batches of 1000 in short. There
-a fan-in of length 1 left to itself is gone after 20 ticks, for poker after 50, since units that go
+a fan-in of length 1 left to itself is gone after 12 ticks, for poker after 36, since units that go
 before the first ones have learned anything take the network with them; in this time 100 units come
-to each layer, a phase takes little longer, and a run three times as long; 100,000 hands. In full a
-tick is an epoch (for poker the tenth of one), one unit comes each tick, a fan-in is gone after 50,
-and patience and 800,000 hands are those of the paper. In both, a step changes a length by a tenth
-of it at most: the radial step size of the paper is 1 / (50 λ), and for λ below 1e-4 its steps jump
-over the length they aim at, until nothing is learned.
+to each layer. Growing, losing what is not needed and training without penalty take 1.2 such lives
+each, so that the last units to come have gone, and a run a little more than four; 100,000 hands. In
+full a tick is an epoch (for poker the tenth of one), one unit comes each tick, a fan-in is gone
+after 50, and patience and 800,000 hands are those of the paper. In both, the gradient may change a
+length by ten times what the penalty takes off it, and by less when angular steps are smaller: the
+radial step size of the paper is 1 / (50 λ), and for λ below 1e-4 its steps jump over the length
+they aim at, until nothing is learned. The four tasks take 20 minutes of one core in short.
 """
 
 import argparse
@@ -36,16 +38,16 @@ from torch import nn
 import graphgrow as gg
 from graphgrow.nn import CapNorm
 
-BATCH, LIMIT = 1000, 0.1
+BATCH, LIMIT = 1000, 10
 
 
 @dataclass(frozen=True)
 class Task:
     """A task of the paper: hidden layers, angular step size by epoch, values of λ, and results.
 
-    `batch` is the angular step size by batch of a short run, which has far fewer of them, and
-    `life` the ticks that a fan-in of length 1 has there. Results are sizes and errors of the
-    nonparametric network and of a parametric one of its size.
+    `batch` is the angular step size by batch of a short run, which has far fewer of them, `life`
+    the ticks that a fan-in of length 1 has there, and `most` the error that no short run may reach.
+    Results are sizes and errors of the nonparametric network and of a parametric one of its size.
     """
 
     hidden: int
@@ -54,6 +56,7 @@ class Task:
     life: int
     penalties: tuple[float, ...]
     sizes: tuple[int, ...]
+    most: float
     paper: dict[float, tuple[str, float, float]]
 
 
@@ -62,9 +65,10 @@ TASKS = {
         4,
         10.0,
         0.5,
-        50,
+        36,
         (1e-3, 1e-5, 1e-6, 1e-7),
         (100_000, 20_000, 20_000),
+        0.01,
         {
             1e-3: ("23-24-15-4", 0.0062, 0.0020),
             1e-5: ("94-135-105-35", 0.00022, 0.00003),
@@ -72,9 +76,9 @@ TASKS = {
             1e-7: ("299-258-259-129", 0.0, 0.00002),
         },
     ),
-    "convex": Task(2, 30.0, 0.1, 20, (1e-5, 1e-8), (7000, 1000, 10_000), {}),
-    "rectangles": Task(2, 30.0, 0.1, 20, (3e-5, 1e-6), (10_000, 2000, 10_000), {}),
-    "mnist": Task(2, 30.0, 0.6, 20, (3e-3, 1e-3, 3e-4), (50_000, 10_000, 10_000), {}),
+    "convex": Task(2, 30.0, 0.1, 12, (1e-5, 1e-8), (7000, 1000, 10_000), 0.3, {}),
+    "rectangles": Task(2, 30.0, 0.1, 12, (3e-5, 1e-6), (10_000, 2000, 10_000), 0.45, {}),
+    "mnist": Task(2, 30.0, 0.6, 12, (3e-3, 1e-3, 3e-4), (50_000, 10_000, 10_000), 0.08, {}),
 }
 
 
@@ -91,8 +95,9 @@ class Pace:
 
 def short(life):
     """Return the pace of a run of a few minutes."""
-    protocol = gg.Protocol(patience=life // 3, fine_patience=2, longest=life * 6 // 5)
-    return Pace(50, 100 / life, life, 3 * life, protocol)
+    phase = life * 6 // 5
+    protocol = gg.Protocol(patience=phase, fine_patience=2, longest=phase)
+    return Pace(50, 100 / life, life, 4 * life + 12, protocol)
 
 
 def full(name, share):
@@ -139,12 +144,14 @@ def grown(angular, penalty, widths, data, pace):
     """Return the graph that the protocol leads to, and how far it came."""
     draws, share = torch.Generator().manual_seed(0), BATCH / len(data[0][0])
     graph = gg.trace(network(widths, CapNorm), data[0][0][:BATCH])
-    rates = {"lr": angular / share, "radial_lr": 1 / (pace.tick * pace.life * share * penalty)}
-    optimizer = gg.AdaRad(graph, **rates, penalty=penalty, share=share, radial_limit=LIMIT)
+    lr, lost = angular / share, 1 / (pace.tick * pace.life)  # what a length loses in a step
+    rates = {"lr": lr, "radial_lr": lost / (share * penalty), "radial_limit": LIMIT * lost}
+    optimizer = gg.AdaRad(graph, **rates, penalty=penalty, share=share)
     progress, kept, drawn = gg.Progress(), gg.Snapshot.of(graph, optimizer), batches(data[0], draws)
     while progress.phase != "done" and progress.evaluations < pace.most:
         for group in optimizer.param_groups:
-            group.update(pace.protocol.settings(progress, rates["lr"], penalty))
+            group.update(pace.protocol.settings(progress, lr, penalty))
+            group["radial_limit"] = LIMIT * lost * group["lr"] / lr
         train(gg.lower(graph), optimizer, drawn, pace.tick)
         change = gg.turn_over(graph, add=pace.add * progress.adding, generator=draws)
         if change is not None:
@@ -205,7 +212,7 @@ def main():
     parser.add_argument("--full", action="store_true", help="the pace and the hands of the paper")
     parser.add_argument("--penalty", type=float, nargs="+", help="the values of λ")
     parser.add_argument("--hands", type=int, help="to train on: 100,000, in full 800,000")
-    parser.add_argument("--ticks", type=int, help="at most: three lives, in full no limit")
+    parser.add_argument("--ticks", type=int, help="at most: four lives and 12, in full no limit")
     parser.add_argument("--figure", help="where to draw errors over sizes")
     options = parser.parse_args()
     torch.set_num_threads(1)  # networks as small as these gain nothing from more
@@ -237,8 +244,8 @@ def main():
             else:
                 print("  paper: in figure 2 only, no numbers in the text")
             print(f"  {time.process_time() - start:.0f} s", flush=True)
-            if not options.ticks:
-                assert found["nonparametric"] < 0.48, found  # guessing: 0.5, for MNIST 0.9
+            if not (options.full or options.ticks or options.hands):
+                assert found["nonparametric"] < task.most, found
     print(f"in all {time.process_time() - began:.0f} s")
     if options.figure:
         save_tasks(results, TASKS, options.figure)

@@ -59,7 +59,7 @@ class Literal:
         own = math.sqrt(self.square[layer][j] / self.capacity[layer][j] + self.eps)  # 14
         adjusted = math.sqrt(self.most / self.most_capacity) / own * across
         change = self.radial * along  # 15
-        length = float(change.norm() / weight.norm())
+        length = float(change.norm())
         weight = weight - change * min(1.0, self.limit / length if length else 1.0)
         angle = self.angular * float(adjusted.norm())
         before = weight
@@ -188,8 +188,10 @@ def test_what_is_learned_across_the_weights_does_not_change_their_length() -> No
     sizes=st.lists(st.integers(1, 6), min_size=3, max_size=6),
     seed=st.integers(0, 2**16),
     lambdas=st.lists(st.floats(1e-3, 10.0), min_size=5, max_size=5),
+    p=st.sampled_from([1, 2]),
+    side=st.sampled_from(["in", "out"]),
 )
-def test_penalties_by_layer_are_one_penalty_of_rescaled_weights(sizes, seed, lambdas) -> None:
+def test_penalties_by_layer_are_one_penalty_of_rescaled_weights(sizes, seed, lambdas, p, side):
     """Proposition 1: f and the regulariser are the same at λ = (λ₁ … λ_L)^(1/L) and W_l λ_l / λ."""
     model = mlp(*sizes, seed=seed)
     lambdas = lambdas[: len(sizes) - 1]
@@ -205,10 +207,12 @@ def test_penalties_by_layer_are_one_penalty_of_rescaled_weights(sizes, seed, lam
         str(2 * k) for k in range(len(lambdas))
     ]
     separate = sum(
-        own * layer.weight.norm(dim=1).sum() for own, layer in zip(lambdas, model[::2], strict=True)
+        own * layer.weight.norm(p=p, dim=1 if side == "in" else 0).sum()
+        for own, layer in zip(lambdas, model[::2], strict=True)
     )
     graph = traced(rescaled)
-    assert torch.allclose(gg.penalty(fan_ins(graph), graph.state, shared), separate, rtol=1e-12)
+    fans = fan_ins(graph) if side == "in" else fan_outs(graph)
+    assert torch.allclose(gg.penalty(fans, graph.state, shared, p=p), separate, rtol=1e-12)
 
 
 class Stage(nn.Module):
@@ -328,6 +332,63 @@ def test_a_zero_fan_in_stays_zero_unless_its_gradient_is_longer_than_the_penalty
     optimizer.step()
     expected = torch.tensor([[0, 0, 0], [0, -0.12, -0.16]], dtype=torch.double)
     assert torch.allclose(model[0].weight, expected, rtol=0, atol=1e-15)
+    if kind is gg.AdaRadM:  # a mean that was not there has not begun
+        assert not optimizer.state[model[0].weight]["mean"].any()
+
+
+@pytest.mark.parametrize("kind", [gg.AdaRad, gg.AdaRadM])
+def test_a_layer_without_gradients_stays_with_all_that_is_kept_of_it(kind) -> None:
+    """The others step as if it were not there."""
+    model = mlp(4, 3, 2)
+    optimizer = kind(traced(model), lr=3.0, radial_lr=0.5, penalty=0.1)
+    stepped(optimizer, model, 0)
+    shared = {k: v.clone() for k, v in optimizer.state["fans"].items() if k != "most"}
+    before = copy.deepcopy((model[0].weight.detach(), optimizer.state[model[0].weight]))
+    model[0].weight.grad, model[2].weight.grad = None, noise(model[2].weight, 5)
+    moved = model[2].weight.detach().clone()
+    optimizer.step()
+    assert torch.equal(model[0].weight, before[0])
+    for name, value in before[1].items():
+        assert torch.equal(optimizer.state[model[0].weight][name], value)
+    for name, value in shared.items():
+        assert torch.equal(optimizer.state["fans"][name][..., :3], value[..., :3])
+        assert not torch.equal(optimizer.state["fans"][name][..., 3:], value[..., 3:])
+    assert not torch.equal(model[2].weight, moved)
+
+
+@pytest.mark.parametrize("kind", [gg.AdaRad, gg.AdaRadM])
+def test_a_fan_in_of_one_entry_does_not_turn_however_gradients_differ_in_size(kind) -> None:
+    """All of each gradient is along it, but for rounding, which is large beside a small one."""
+    model = mlp(1, 8, 2).float()
+    graph = gg.trace(model, torch.zeros(2, 1))
+    optimizer = kind(graph, lr=3.0, radial_lr=0.0, penalty=0.0, eps=1e-12)
+    before = model[0].weight.detach().clone()
+    for t in range(30):
+        for k, p in enumerate(model.parameters()):
+            p.grad = noise(p, 10 * t + k) * 10.0 ** (-t / 4)
+        optimizer.step()
+        assert torch.allclose(model[0].weight, before, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", [gg.AdaRad, gg.AdaRadM])
+def test_shorter_numbers_step_alike(kind, dtype: torch.dtype) -> None:
+    """Both optimizers see the weights and the gradients of the shorter ones before each step."""
+    short = mlp(20, 15, 10).to(dtype)
+    long = copy.deepcopy(short).double()
+    settings = {"lr": 0.3, "radial_lr": 0.5, "penalty": 0.1}
+    graphs = (gg.trace(m, torch.zeros(2, 20, dtype=m[0].weight.dtype)) for m in (short, long))
+    one, two = (kind(graph, **settings) for graph in graphs)
+    bound = 30 * torch.finfo(dtype).eps
+    for t in range(5):
+        for k, (p, q) in enumerate(zip(short.parameters(), long.parameters(), strict=True)):
+            q.data.copy_(p.data)
+            p.grad = noise(p, 10 * t + k)
+            q.grad = p.grad.double()
+        one.step()
+        two.step()
+        for p, q in zip(short.parameters(), long.parameters(), strict=True):
+            assert p.dtype == dtype and (p.double() - q).norm() <= bound * q.norm()
 
 
 @pytest.mark.parametrize("name", ["lr", "radial_lr", "penalty", "share", "mixing", "radial_limit"])

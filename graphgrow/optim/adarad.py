@@ -6,10 +6,12 @@ Source: Philipp and Carbonell (2017), Nonparametric Neural Networks, algorithms 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -20,6 +22,11 @@ from graphgrow.passes.rewrite import Grown
 
 each: Any = torch  # whose functions of lists of tensors have no stubs
 SHARED = "fans"  # the key, in `state`, of what belongs to fan-ins and not to one parameter
+TINY = 1e-30  # no length and no mean is as small, and its inverse is a number of any type
+
+# Numbers of fan-ins are NumPy's: they are few, and fifty operations on a few are several times as
+# fast there as torch's.
+Numbers = npt.NDArray[Any]
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,32 +35,30 @@ class _Seen:
 
     `length` is that of the weights, one where they are zero; the part of the gradient along them is
     `radial` times the weights, and `across` is the length of the rest of it. Fan-ins that are
-    `zero` have no direction: all of the gradient is across them. Those that are not `live` (None:
-    all are) stay as they are.
+    `zero` (None: none is) have no direction: all of the gradient is across them. Those that are not
+    `live` (None: all are) stay as they are.
     """
 
     slices: Slices
     weights: list[Tensor]
     gradients: list[Tensor]
-    length: Tensor
-    radial: Tensor
-    across: Tensor
-    zero: Tensor
-    live: Tensor | None
+    length: Numbers
+    radial: Numbers
+    across: Numbers
+    zero: Numbers | None
+    live: Numbers | None
 
+    def spread(self, *numbers: Numbers) -> list[list[Tensor]]:
+        """Return numbers of fan-ins in shapes to multiply the weights by, a list for each."""
+        return self.slices.spread(self.weights, *numbers)
 
-@dataclass(frozen=True, eq=False)
-class _Turn:
-    """What a step does to every fan-in, `(fans,)` each.
+    def kept(self, numbers: Any, still: Numbers | float) -> Any:
+        """Return numbers of fan-ins, of those that are to stay as they are others."""
+        return numbers if self.live is None else np.where(self.live, numbers, still)
 
-    The weights become `kept` times themselves less `added` times the vector they turn away from.
-    That vector becomes `follows` times itself plus `leans` times the weights of before.
-    """
-
-    kept: Tensor
-    added: Tensor
-    follows: Tensor
-    leans: Tensor
+    def instead(self, numbers: Any, others: Numbers | float) -> Any:
+        """Return numbers of fan-ins, of those that are zero others."""
+        return numbers if self.zero is None else np.where(self.zero, others, numbers)
 
 
 class AdaRad(Optimizer):
@@ -67,8 +72,8 @@ class AdaRad(Optimizer):
     training set: gradients, which are to be those of the mean loss of a batch, are multiplied by it
     too, as in the paper, so that step sizes are by epoch, and a fan-in of length 1, left to itself,
     is gone after 1 / (radial_lr * penalty) epochs. Where that makes radial steps so large that they
-    jump over the length they aim at (a small penalty), `radial_limit` bounds the part of its length
-    that the gradient may change in one step; where the length comes to rest stays the same.
+    jump over the length they aim at (a small penalty), `radial_limit` bounds how much the gradient
+    may change a length in one step; where the length comes to rest stays the same.
 
     What is a fan-in is read off the axes of `graph` (`fans.fan_ins`). `param_groups` has one group
     for each bundle of axes, under the `name` of its first, whose settings may be changed; the group
@@ -122,10 +127,11 @@ class AdaRad(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        seen = self._seen(self._held())
-        if seen is not None:
-            self._move(seen, self._rate(seen))
-        inside = {part.path for part in self.fans.parts}
+        with np.errstate(all="ignore"):  # what overflows shows in the weights, as with torch
+            seen = self._seen(self._held())
+            if seen is not None:
+                self._move(seen, self._rate(seen))
+        inside = self.fans.slices.paths
         for group in self.param_groups:
             for name, parameter in zip(group["param_names"], group["params"], strict=True):
                 if name not in inside and parameter.grad is not None:
@@ -151,102 +157,93 @@ class AdaRad(Optimizer):
             return None
         gradients = [torch.zeros_like(w) if w.grad is None else w.grad for w in weights]
         pieces = slices.lengths(weights) + slices.lengths(gradients)
-        table = joined(pieces + slices.dots(weights, gradients)).reshape(3, -1)
-        table[:2].square_()
-        length, gradient, along = slices.sums(table)  # the first two are squares
-        zero = length == 0
-        length = length.masked_fill(zero, 1.0)
+        table = _told(pieces + slices.dots(weights, gradients)).reshape(3, -1)
+        table[:2] **= 2
+        length, gradient, along = slices.totals(table)  # the first two are squares
+        zero = None
+        if not length.all():
+            empty = length == 0  # or not live, and so not looked at
+            length, zero = length + empty, empty if live is None else empty & live
         radial = along / length
-        across = torch.addcmul(gradient, radial, along, value=-1)
-        noise = across <= gradient * (16 * torch.finfo(length.dtype).eps)  # parallel but for that
-        across = across.masked_fill_(noise, 0.0).sqrt_()
-        live = None if live is None else live.to(length.device)
-        return _Seen(slices, weights, gradients, length.sqrt_(), radial, across, zero, live)
+        across = np.sqrt(_rest(gradient, radial * along))
+        return _Seen(slices, weights, gradients, np.sqrt(length), radial, across, zero, live)
 
-    def _live(self, found: Mapping[str, Tensor]) -> tuple[Slices, Tensor | None]:
+    def _live(self, found: Mapping[str, Tensor]) -> tuple[Slices, Numbers | None]:
         """Return the slices of the fan-ins that have a gradient, and which do: None for all."""
-        for part in (part for part in self.fans.parts if part.path in found):
-            gradient = found[part.path].grad
-            if gradient is not None and gradient.is_sparse:
+        moved = [p for p in self.fans.parts if p.path in found and found[p.path].grad is not None]
+        for part in moved:
+            if found[part.path].grad.is_sparse:  # type: ignore[union-attr]
                 raise ValueError(
                     f"cannot step {type(self).__name__}: the gradient of '{part.path}' is sparse; "
                     "make the layer without sparse=True"
                 )
-        moved = [p for p in self.fans.parts if p.path in found and found[p.path].grad is not None]
         if len(moved) == len(self.fans.parts):
             return self.fans.slices, None
-        live = torch.zeros(self.fans.count, dtype=torch.bool)
+        live = np.zeros(self.fans.count, dtype=bool)
         for part in moved:
             live[part.units] = True
         held = (part for part in self.fans.parts if part.path in found)
-        parts = tuple(part for part in held if bool(live[part.units].any()))
-        return Slices(parts, self.fans.count), live
+        return Slices(tuple(p for p in held if live[p.units].any()), self.fans.count), live
 
-    def _of(self, name: str, like: Tensor) -> float | Tensor:
+    def _of(self, name: str) -> Any:
         """Return a setting of the groups: one number, or where they differ one for each fan-in."""
         values = [group[name] for group in self.param_groups]
         if all(value == values[0] for value in values):
             return values[0]
-        found = like.new_zeros(self.fans.count)
+        found = np.zeros(self.fans.count)
         homes = {n: g[name] for g in self.param_groups for n in g["param_names"]}
         for part in reversed(self.fans.parts):  # the first has the last word
             if part.path in homes:
-                found[part.units.to(like.device)] = homes[part.path]
+                found[part.units] = homes[part.path]
         return found
 
-    def _shared(self, like: Tensor) -> dict[str, Tensor]:
-        """Return what is kept of fan-ins, zeros at first.
+    def _shared(self, like: Numbers) -> dict[str, Tensor]:
+        """Return what is kept of fan-ins, zeros at first, `like` being one number of each.
 
         `running` has the running means of the squares across, and their capacities, `(2, fans)`,
         `most` the largest of both so far, `(2, 1)`.
         """
         if SHARED not in self.state:
-            running, most = like.new_zeros(2, self.fans.count), like.new_zeros(2, 1)
+            running, most = (
+                torch.from_numpy(np.zeros_like(like, shape=(2, n))) for n in (len(like), 1)
+            )
             self.state[SHARED] = {"running": running, "most": most}  # type: ignore[index]
         return self.state[SHARED]  # type: ignore[index]
 
-    def _rate(self, seen: _Seen) -> Tensor:
+    def _rate(self, seen: _Seen) -> Numbers:
         """Return the angle of turning by unit of gradient across a fan-in (lines 12 to 14)."""
-        like, share = seen.across, self._of("share", seen.across)
-        shared, mixing = self._shared(like), self._of("mixing", like)
-        square = (like * share).square_().masked_fill_(seen.zero, 0.0)
-        mixed = shared["running"].lerp(torch.stack([square, torch.ones_like(square)]), mixing)
-        running = mixed if seen.live is None else mixed.where(seen.live, shared["running"])
-        so_far = torch.cat([shared["most"], running.flip(1)], 1).cummax(1).values
-        shared |= {"running": running, "most": so_far[:, -1:].clone()}
-        squares, capacities = torch.cat([running, so_far[:, 1:].flip(1)], 1)
-        own, most = (squares / capacities.clamp_(min=_tiny(like))).chunk(2)
-        return (most / (own + self._of("eps", like))).sqrt_() * (self._of("lr", like) * share)
+        shared, share, mixing = self._shared(seen.across), self._of("share"), self._of("mixing")
+        before, most = (shared[name].numpy(force=True) for name in ("running", "most"))
+        running = before * (1 - mixing)
+        running[0] += seen.instead(mixing * (seen.across * share) ** 2, 0.0)
+        running[1] += mixing
+        running = running if seen.live is None else np.where(seen.live, running, before)
+        so_far = np.maximum(np.maximum.accumulate(running[:, ::-1], axis=1), most)[:, ::-1]
+        shared["running"] = torch.from_numpy(running)
+        shared["most"] = torch.from_numpy(so_far[:, :1].copy())
+        own, most = (table[0] / np.maximum(table[1], TINY) for table in (running, so_far))
+        return np.sqrt(most / (own + self._of("eps"))) * (self._of("lr") * share)
 
-    def _turn(self, seen: _Seen, reach: Tensor, angle: Tensor) -> _Turn:
-        """Return what lines 15 to 17 do, `reach` being the length of the vector turned along.
+    def _turn(self, seen: _Seen, angle: Numbers, reach: Numbers) -> tuple[Numbers, ...]:
+        """Return angle, length before and length after of lines 15 to 17.
 
-        The gradient of a fan-in that is zero takes the place of the weights: a right angle.
+        The length before is negative where the radial step turns a fan-in round. The gradient of a
+        fan-in that is zero, of length `reach`, takes the place of the weights: a right angle.
         """
-        like, zero, angle = seen.length, seen.zero, angle.masked_fill(seen.zero, torch.pi / 2)
-        step = self._of("radial_lr", like) * self._of("share", like)
-        limit: Any = self._of("radial_limit", like)
-        kept = 1 - (seen.radial * step).clamp(-limit, limit)
-        after = torch.where(zero, reach * step, kept.abs() * like)
-        left = (after - step * self._of("penalty", like)).clamp_(min=0.0)
-        cosine, sine, before = angle.cos(), angle.sin(), like.copysign(kept)
-        turn = _Turn(
-            left * cosine / before,
-            left * sine / reach.clamp(min=_tiny(like)),
-            cosine.masked_fill_(zero, 0.0),
-            sine * reach / before,
-        )
-        if seen.live is None:
-            return turn
-        still = {"kept": 1.0, "added": 0.0, "follows": 1.0, "leans": 0.0}
-        return _Turn(**{k: getattr(turn, k).masked_fill(~seen.live, v) for k, v in still.items()})
+        step, limit = self._of("radial_lr") * self._of("share"), self._of("radial_limit")
+        change = seen.instead(seen.radial * seen.length, -reach) * step
+        after = seen.instead(seen.length, 0.0) - np.maximum(np.minimum(change, limit), -limit)
+        left = np.maximum(np.abs(after) - step * self._of("penalty"), 0.0)
+        return seen.instead(angle, np.pi / 2), np.copysign(seen.length, after), left
 
-    def _move(self, seen: _Seen, rate: Tensor) -> None:
+    def _move(self, seen: _Seen, rate: Numbers) -> None:
         """Move all weights: along the gradient across them is along the gradient less the rest."""
-        turn = self._turn(seen, seen.across, rate * seen.across)
-        _changed(
-            seen, torch.addcmul(turn.kept, turn.added, seen.radial), seen.gradients, turn.added
-        )
+        angle, before, left = self._turn(seen, rate * seen.across, seen.across)
+        added = left * np.sin(angle) / np.maximum(seen.across, TINY)
+        kept = left * np.cos(angle) / before + added * seen.radial
+        kept, taken = seen.spread(seen.kept(kept, 1.0), seen.kept(-added, 0.0))
+        each._foreach_mul_(seen.weights, kept)
+        each._foreach_addcmul_(seen.weights, seen.gradients, taken)
 
     def carry(self, grown: Grown) -> Callable[[], None]:
         """Return what makes groups and the state of fan-ins those of the grown graph.
@@ -318,36 +315,59 @@ class AdaRadM(AdaRad):
         settings |= {"radial_limit": radial_limit}
         super().__init__(graph, momentum_mixing=momentum_mixing, **settings)
 
-    def _shared(self, like: Tensor) -> dict[str, Tensor]:
+    def _shared(self, like: Numbers) -> dict[str, Tensor]:
         shared = super()._shared(like)
-        if "mean_capacity" not in shared:
-            shared["mean_capacity"] = like.new_zeros(self.fans.count)
+        for name in ("mean_capacity", "reach"):
+            if name not in shared:
+                shared[name] = torch.from_numpy(np.zeros_like(like))
         return shared
 
-    def _move(self, seen: _Seen, rate: Tensor) -> None:
-        """Move weights and running means; a mean starts anew where the fan-in is zero."""
-        shared, weights, spread = self._shared(seen.length), seen.weights, seen.slices.spread
-        mixing = seen.zero.to(seen.length.dtype).clamp_(
-            min=self._of("momentum_mixing", seen.length)
-        )
-        if seen.live is not None:
-            mixing.masked_fill_(~seen.live, 0.0)
-        capacity = shared["mean_capacity"].lerp(torch.ones_like(mixing), mixing)
-        shared["mean_capacity"] = capacity.masked_fill(seen.zero, 0.0)
-        states = [self.state[weight] for weight in weights]
-        for state, weight in zip(states, weights, strict=True):
-            if "mean" not in state:
-                state["mean"] = torch.zeros_like(weight)
-        means = [state["mean"] for state in states]
-        each._foreach_lerp_(means, seen.gradients, spread(mixing, means))
-        each._foreach_addcmul_(means, weights, spread(mixing * seen.radial, means), value=-1)
-        reach = seen.slices.sums(joined(seen.slices.lengths(means)).square_()).sqrt_()
-        turn = self._turn(seen, reach, rate * reach / capacity.clamp_(min=_tiny(reach)))
-        turned = each._foreach_mul(means, spread(turn.follows, means))
-        each._foreach_addcmul_(turned, weights, spread(turn.leans, means))
-        _changed(seen, turn.kept, means, turn.added)
-        for state, mean in zip(states, turned, strict=True):
-            state["mean"] = mean
+    def _move(self, seen: _Seen, rate: Numbers) -> None:
+        """Move weights and running means; a mean starts anew where the fan-in is zero.
+
+        What of a gradient is along its fan-in leaves the mean together with the first of three
+        shears, which turn both in place, in their plane; of angles beyond 90° the half turn is a
+        change of signs. So the length of a mean, `reach`, is found before it is at right angles,
+        and bounded by what it was: what is left of two long vectors may be no more than rounding.
+        """
+        shared, weights, slices = self._shared(seen.length), seen.weights, seen.slices
+        mixing = seen.kept(seen.instead(self._of("momentum_mixing"), 1.0), 0.0)
+        capacity = shared["mean_capacity"].numpy(force=True) * (1 - mixing) + mixing
+        shared["mean_capacity"] = torch.from_numpy(seen.instead(capacity, 0.0))
+        means = [self._mean(weight) for weight in weights]
+        mixed = seen.spread(mixing)[0] if isinstance(mixing, np.ndarray) else mixing
+        each._foreach_lerp_(means, seen.gradients, mixed)
+        lost = -mixing * seen.radial
+        whole, along = slices.totals(_told(slices.lengths(means)) ** 2), lost * seen.length
+        before = shared["reach"].numpy(force=True)
+        most = before * (1 - mixing) + seen.across * mixing  # by the triangle inequality
+        reach = np.minimum(np.sqrt(_rest(whole, seen.instead(along * along, 0.0))), most)
+        shared["reach"] = torch.from_numpy(seen.kept(seen.instead(reach, 0.0), before))
+        angle, before, left = self._turn(seen, rate * reach / np.maximum(capacity, TINY), reach)
+        factor = None if seen.zero is None else np.where(seen.zero, 0.0, 1.0)
+        if (angle > np.pi / 2).any():
+            turns = np.rint(angle / np.pi)
+            sign = 1 - 2 * (turns % 2)
+            angle, left = angle - turns * np.pi, sign * left
+            factor = sign if factor is None else sign * factor
+        tangent, slope = np.tan(angle / 2), np.maximum(reach, TINY) / before
+        leans = seen.kept(tangent * slope, 0.0)
+        added = seen.kept(tangent / (1 + tangent * tangent) / slope * -2, 0.0)
+        kept = seen.kept(left / before, 1.0)
+        first, second, last, kept = seen.spread(lost + leans, added, leans, kept)
+        each._foreach_addcmul_(means, weights, first)
+        each._foreach_addcmul_(weights, means, second)
+        each._foreach_addcmul_(means, weights, last)
+        each._foreach_mul_(weights, kept)
+        if factor is not None:
+            each._foreach_mul_(means, *seen.spread(seen.kept(factor, 1.0)))
+
+    def _mean(self, weight: Tensor) -> Tensor:
+        """Return the running mean of a parameter's gradients across its fan-ins, zeros at first."""
+        state = self.state[weight]
+        if "mean" not in state:
+            state["mean"] = torch.zeros_like(weight)
+        return state["mean"]
 
     @torch.no_grad()
     def _straighten(self) -> None:
@@ -362,21 +382,21 @@ class AdaRadM(AdaRad):
             return
         slices, weights = Slices(parts, self.fans.count), [held[part.path] for part in parts]
         means = [self.state[weight]["mean"] for weight in weights]
-        length = slices.sums(joined(slices.lengths(weights)).square_())
-        inner = slices.sums(joined(slices.dots(weights, means)))
-        inner /= length.masked_fill_(length == 0, 1.0)
-        each._foreach_addcmul_(means, weights, slices.spread(-inner, means))
+        length = slices.totals(_told(slices.lengths(weights)) ** 2)
+        inner = slices.totals(_told(slices.dots(weights, means)))
+        (taken,) = slices.spread(means, -inner / np.where(length == 0, 1.0, length))
+        each._foreach_addcmul_(means, weights, taken)
 
 
-def _tiny(like: Tensor) -> float:
-    return torch.finfo(like.dtype).tiny
+def _rest(square: Numbers, part: Numbers) -> Numbers:
+    """Return what is left of squares without a part, none where that is no more than rounding."""
+    rest = square - part
+    return rest * (rest > square * (16 * np.finfo(square.dtype).eps))
 
 
-def _changed(seen: _Seen, kept: Tensor, vectors: list[Tensor], added: Tensor) -> None:
-    """Multiply the fan-ins by `kept` and take away vectors of theirs times `added`."""
-    weights, spread = seen.weights, seen.slices.spread
-    each._foreach_mul_(weights, spread(kept, weights))
-    each._foreach_addcmul_(weights, vectors, spread(added, weights), value=-1)
+def _told(pieces: Sequence[Tensor]) -> Numbers:
+    """Return the numbers of the slices of all parts as NumPy's."""
+    return joined(pieces).numpy(force=True)
 
 
 def _groups(graph: Graph, fans: Fans) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -69,27 +70,50 @@ class Slices:
         total = values.new_zeros(*values.shape[:-1], self.count)
         return total.index_add_(-1, self.fans.to(values.device), values)
 
-    def spread(self, values: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Return numbers of fans, `(fans,)`, by part, in shapes to multiply its tensor by."""
-        each = values if self.fans is None else values[self.fans.to(values.device)]
-        columns = each[:, None].split([len(part.units) for part in self.parts])
-        found = zip(self.parts, columns, tensors, strict=True)
-        return [part.column(_like(column, tensor), tensor) for part, column, tensor in found]
+    def totals(self, values: np.ndarray) -> np.ndarray:
+        """Return what `sums` does, of and in NumPy's numbers."""
+        return values if self.fans is None else self.sums(torch.from_numpy(values)).numpy()
+
+    def spread(self, tensors: Sequence[Tensor], *values: np.ndarray) -> list[list[Tensor]]:
+        """Return numbers of fans, `(fans,)` each, by part, in shapes to multiply its tensor by."""
+        found = []
+        for value in values:
+            each = (value if self.fans is None else value[self.fans])[:, None]
+            columns = [torch.from_numpy(each[here]) for here in self.places]
+            pairs = zip(self.parts, columns, tensors, strict=True)
+            found.append([part.column(_like(column, t), t) for part, column, t in pairs])
+        return found
+
+    @cached_property
+    def paths(self) -> frozenset[str]:
+        """The parameters of the parts."""
+        return frozenset(part.path for part in self.parts)
+
+    @cached_property
+    def places(self) -> list[slice]:
+        """Where the slices of each part are among all."""
+        ends = np.cumsum([0, *(len(part.units) for part in self.parts)]).tolist()
+        return [slice(a, b) for a, b in pairwise(ends)]
 
     def lengths(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Return the length of every slice of a tensor for each part."""
         pairs = zip(self.parts, tensors, strict=True)
-        return [torch.linalg.vector_norm(part.rows(tensor), dim=1) for part, tensor in pairs]
+        return [torch.linalg.vector_norm(_exact(p.rows(tensor)), dim=1) for p, tensor in pairs]
 
     def dots(self, first: Sequence[Tensor], second: Sequence[Tensor]) -> list[Tensor]:
         """Return the dot products of the slices of two tensors for each part."""
         found = zip(self.parts, first, second, strict=True)
-        return [torch.linalg.vecdot(part.rows(a), part.rows(b)) for part, a, b in found]
+        return [torch.linalg.vecdot(_exact(p.rows(a)), _exact(p.rows(b))) for p, a, b in found]
 
 
 def joined(pieces: Sequence[Tensor]) -> Tensor:
     """Return the numbers of the slices of all parts as one, in type and place of the first."""
     return torch.cat([_like(piece, pieces[0]) for piece in pieces])
+
+
+def _exact(rows: Tensor) -> Tensor:
+    """Return numbers in a type whose sums of squares mean something."""
+    return rows if rows.dtype.itemsize >= 4 else rows.float()
 
 
 def _like(values: Tensor, other: Tensor) -> Tensor:

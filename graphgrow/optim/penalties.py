@@ -52,7 +52,8 @@ def shrink(fans: Fans, state: Mapping[str, Tensor], amount: float, *, p: int = 2
     tiny = torch.finfo(length.dtype).tiny
     kept = (1 - amount / length.clamp(min=tiny)).clamp(min=0.0)
     tensors = [state[part.path] for part in fans.parts]
-    for tensor, factor in zip(tensors, fans.slices.spread(kept, tensors), strict=True):
+    (factors,) = fans.slices.spread(tensors, kept.numpy(force=True))
+    for tensor, factor in zip(tensors, factors, strict=True):
         tensor.mul_(factor)
 
 
