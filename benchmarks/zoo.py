@@ -47,6 +47,7 @@ import vision
 import graphgrow as gg
 
 ALONE, LAYERS = 3, 5
+MOST = 8  # times the parameters of a model, above which an axis is widened alone
 WHOLE = "grows by whole copies only:"
 ANALYSIS_LIMIT, LIMIT = 60, 900  # seconds of CPU to trace and analyse, and of time for all
 
@@ -208,11 +209,14 @@ def widened(model: nn.Module, graph: gg.Graph, inputs: architectures.Inputs) -> 
     """Return what widening did, at once and alone, and removing after it."""
     units = odd_number(graph)
     free = [axis.name for axis in graph.axes.values() if axis.obstacle is None]
-    together, more, refused = graph, dict[str, int](), []
+    together, more, refused, apart = graph, dict[str, int](), [], list[str]()
     for name in free:
         try:
-            together = gg.apply(together, gg.Widen(name, units), verify=False).graph
-            more[name] = units
+            wider = gg.apply(together, gg.Widen(name, units), verify=False).graph
+            if size(wider) > MOST * size(graph):  # axes inside axes, whose widths multiply
+                apart.append(name)
+                continue
+            together, more[name] = wider, units
         except gg.NotApplicable as error:
             width, sentence = together.axes[name].width, str(error).split(": ", 1)[1]
             copies = gg.Widen(name, width, weights=gg.Copy())
@@ -221,13 +225,13 @@ def widened(model: nn.Module, graph: gg.Graph, inputs: architectures.Inputs) -> 
                 more[name], sentence = width, f"{WHOLE} {sentence}"
             refused.append(sentence)
     fits = [name for name, count in more.items() if count == units]
-    found: Found = {"units": units, "widened": len(fits), "refused_axes": counted(refused)}
+    found: Found = {"units": units, "widened": len(fits + apart), "refused_axes": counted(refused)}
     found["copied"] = len(more) - len(fits)
     found["together"] = gg.compare(model, together, **inputs).relative
     found["back"] = gap(graph, back(graph, together, more, at_end=True))
     found["alone"] = found["zeros"] = 0
     found["alone_difference"] = 0.0
-    for name in fits[:: -(-len(fits) // ALONE)] if fits else ():
+    for name in [*apart, *(fits[:: -(-len(fits) // ALONE)] if fits else ())]:
         alone = gg.apply(graph, gg.Widen(name, units), verify=False).graph
         difference = gg.compare(graph, alone, **inputs).relative
         found["alone"] += 1
@@ -239,6 +243,11 @@ def widened(model: nn.Module, graph: gg.Graph, inputs: architectures.Inputs) -> 
             found["zeros"] += 1
             found["back"] = max(found["back"], same)
     return found
+
+
+def size(graph: gg.Graph) -> int:
+    """Return the number of entries of all tensors."""
+    return sum(tensor.numel() for tensor in graph.state.values())
 
 
 def odd_number(graph: gg.Graph) -> int:
@@ -285,8 +294,9 @@ HEAD = """# The zoo
 
 `{command}`: {count} of {of} models, torch {torch}, random weights, all of them stirred,
 float64, one thread, {minutes:.0f} minutes of CPU in all. Every axis without an obstacle is widened
-by a prime that divides no width in the model, or else by a copy of all its units: all at once, and
-up to {alone} of them each alone; the new units, and zero units put among the old, are removed
+by a prime that divides no width in the model, or else by a copy of all its units: all at once (but
+for axes inside others that would make the model {most} times as large), and up to {alone} of them
+each alone; the new units, and zero units put among the old, are removed
 again; identity layers are inserted at up to {layers} places.
 
 {sums}
@@ -332,6 +342,7 @@ def table(results: list[Found], of: int) -> str:
         torch=torch.__version__,
         minutes=sum(found["total"] for found in results) / 60,
         alone=ALONE,
+        most=MOST,
         layers=LAYERS,
         sums=sums(results),
         sentences="\n".join(
