@@ -118,7 +118,7 @@ def test_units_that_are_not_the_mean_are_not_removed() -> None:
 def test_a_norm_over_several_dims_is_an_obstacle() -> None:
     model = nn.Sequential(nn.Linear(3, 6), nn.LayerNorm([4, 6]), nn.Linear(6, 2))
     said = gg.Widen("0", 2).obstacle(gg.trace(model, torch.randn(2, 4, 3)))
-    assert said is not None and said.endswith("it mixes its units")
+    assert said is not None and said.endswith("which mixes its units")
 
 
 def test_what_reads_a_norm_without_weight_is_rescaled() -> None:

@@ -58,7 +58,9 @@ def test_what_is_clipped_lies_within_its_range(data: st.DataObject) -> None:
     assume(not net.words)
     graph = net.trace()
     box = data.draw(st.sampled_from([None, *BOXES]))
+    before = {path: tensor.clone() for path, tensor in graph.state.items()}
     found = ranges(graph, box)
+    assert all(torch.equal(tensor, before[path]) for path, tensor in graph.state.items())
     for mode in ("train", "eval"):
         seen = Seen(graph, mode)
         with torch.no_grad():

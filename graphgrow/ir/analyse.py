@@ -184,9 +184,9 @@ def run_watched(watch: Any, graph: Any, mode: str) -> None:
 
     It has `state`, `start`, `enter`, `leave`, `input` and `output`, as `_Watch` below.
     """
+    watch.start(mode)
     tree = assemble(graph.modules, graph.leaves, watch.state)
     tree.train(mode == "train")
-    watch.start(mode)
     structure = graph.train if mode == "train" else graph.eval
     interpreter = _Interpreter(tree, structure, watch)
     fast_path = torch.backends.mha.get_fastpath_enabled()
@@ -256,7 +256,7 @@ class _Watch(Dispatch):
         self.unknown: dict[str, int] = {}
         self.numbers: dict[int, tuple[weakref.ref[Tensor], int]] = {}
         self.storages: dict[int, list[weakref.ref[Tensor]]] = {}
-        self.state = _with_own_buffers(state)
+        self.state = with_own_buffers(state)
         for path, tensor in self.state.items():
             if id(tensor) not in self.numbers:
                 number = self.see(tensor, [fresh(n) for n in tensor.shape])
@@ -455,7 +455,7 @@ def _moved(source: Source, name: str, args: tuple[Any, ...], count: int) -> tupl
     return dims if name in ("detach", "alias", "clone", "_to_copy", "lift_fresh", "t") else None
 
 
-def _with_own_buffers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def with_own_buffers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the state with buffers copied, since a run in train mode writes to them."""
     copies: dict[int, Tensor] = {}
     out: dict[str, Tensor] = {}

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves, tree_map
 
 from graphgrow.dispatch import Dispatch
-from graphgrow.ir.analyse import Analysis, Step, run_watched, written
+from graphgrow.ir.analyse import Analysis, Step, run_watched, with_own_buffers, written
 from graphgrow.ir.graph import Graph
 from graphgrow.ir.rules import aten, row_of
 from graphgrow.passes.intervals import BOUNDED, Operation, Range, anything, point, through
@@ -107,7 +107,7 @@ class _RangeWatch(Dispatch):
 
     def __init__(self, state: Mapping[str, Tensor], box: Box | None) -> None:
         super().__init__()
-        self.state, self.box = state, box
+        self.stored, self.box = state, box
         self.mode = self.node = ""
         self.clips: dict[tuple[str, str], list[tuple[Range, Range]]] = {}
         self.known: dict[int, tuple[weakref.ref[Tensor], Range | None]] = {}
@@ -116,6 +116,7 @@ class _RangeWatch(Dispatch):
         """Begin a run, of which nothing is known but the stored tensors."""
         self.mode = mode
         self.known.clear()
+        self.state = with_own_buffers(self.stored)
 
     def enter(self, n: fx.Node, module: Any) -> None:
         """Note which node runs."""
