@@ -47,6 +47,7 @@ import vision
 import graphgrow as gg
 
 ALONE, LAYERS = 3, 5
+ROUNDED = 1e-10  # a difference above which it is asked what rounding alone does
 MOST = 8  # times the parameters of a model, above which an axis is widened alone
 WHOLE = "grows by whole copies only:"
 ANALYSIS_LIMIT, LIMIT = 60, 900  # seconds of CPU to trace and analyse, and of time for all
@@ -242,7 +243,28 @@ def widened(model: nn.Module, graph: gg.Graph, inputs: architectures.Inputs) -> 
             same = gap(graph, back(graph, among, {name: units}, at_end=False))
             found["zeros"] += 1
             found["back"] = max(found["back"], same)
+    if difference(found) > ROUNDED:
+        found["rounding"] = gg.compare(model, Nudged(model), **inputs).relative
     return found
+
+
+class Nudged(nn.Module):
+    """A model that gets its inputs with every entry moved by two units of rounding."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, **inputs: Any) -> Any:
+        """Return what the model makes of the moved inputs."""
+        return self.model(**{name: self.moved(value) for name, value in inputs.items()})
+
+    def moved(self, value: Any) -> Any:
+        """Return a tensor of real numbers with every other entry larger, and smaller, by a bit."""
+        if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+            return value
+        signs = 1 - 2 * (torch.arange(value.numel()) % 2).reshape(value.shape)
+        return value * (1 + 2 * torch.finfo(value.dtype).eps * signs)
 
 
 def size(graph: gg.Graph) -> int:
@@ -309,7 +331,8 @@ dropout keep from growing count as possible, although some of them are not.
 *widened*: axes, of all, and by copies; *alone*: of these, each by itself; *zeros*: zero units put
 in and removed;
 *back*: by how much the tensors differ after removing, 0 is bit for bit; *layers*: inserted;
-*difference*: of the outputs, the largest of all, relative, in train and eval mode, except for what
+*difference*: of the outputs, the largest of all, relative, in train and eval mode; above {rounded:.0e}
+in brackets what the model itself does when its inputs move by two units of rounding; except for what
 inserted layers cost (*deeper*; their factors are inverted, and the proof bounds that); *seconds*:
 of CPU, to trace and analyse; *others*: the numbers of the sentences about the other axes.
 
@@ -343,6 +366,7 @@ def table(results: list[Found], of: int) -> str:
         minutes=sum(found["total"] for found in results) / 60,
         alone=ALONE,
         most=MOST,
+        rounded=ROUNDED,
         layers=LAYERS,
         sums=sums(results),
         sentences="\n".join(
@@ -416,6 +440,12 @@ def difference(found: Found) -> float:
     return max(found.get("together", 0.0), found.get("alone_difference", 0.0))
 
 
+def exactness(found: Found) -> str:
+    """Return the difference, and beside a large one what rounding alone does."""
+    alone = f" ({found['rounding']:.0e})" if "rounding" in found else ""
+    return f"{difference(found):.0e}{alone}"
+
+
 def line(found: Found, numbers: dict[str, int]) -> str:
     """Return one row of the table."""
     failed = found.get("refused") or found.get("failed")
@@ -425,7 +455,7 @@ def line(found: Found, numbers: dict[str, int]) -> str:
     return (
         f"| {found['name']} | {found['widened']} + {found['copied']} of {found['axes']} "
         f"| {found['alone']} "
-        f"| {found['zeros']} | {found['back']:.0e} | {found['layers']} | {difference(found):.0e} "
+        f"| {found['zeros']} | {found['back']:.0e} | {found['layers']} | {exactness(found)} "
         f"| {found['deeper']:.0e} | {found['seconds']:.1f} | {said} |"
     )
 
