@@ -234,9 +234,9 @@ def widened(model: nn.Module, graph: gg.Graph, inputs: architectures.Inputs) -> 
     found["alone_difference"] = 0.0
     for name in [*apart, *(fits[:: -(-len(fits) // ALONE)] if fits else ())]:
         alone = gg.apply(graph, gg.Widen(name, units), verify=False).graph
-        difference = gg.compare(graph, alone, **inputs).relative
+        apart_from_it = gg.compare(graph, alone, **inputs).relative
         found["alone"] += 1
-        found["alone_difference"] = max(found["alone_difference"], difference)
+        found["alone_difference"] = max(found["alone_difference"], apart_from_it)
         zeros = gg.Widen(name, units, 0, gg.ZeroIncoming())
         with contextlib.suppress(gg.NotApplicable):
             among = gg.apply(graph, zeros, verify=False).graph
@@ -331,9 +331,9 @@ dropout keep from growing count as possible, although some of them are not.
 *widened*: axes, of all, and by copies; *alone*: of these, each by itself; *zeros*: zero units put
 in and removed;
 *back*: by how much the tensors differ after removing, 0 is bit for bit; *layers*: inserted;
-*difference*: of the outputs, the largest of all, relative, in train and eval mode; above {rounded:.0e}
-in brackets what the model itself does when its inputs move by two units of rounding; except for what
-inserted layers cost (*deeper*; their factors are inverted, and the proof bounds that); *seconds*:
+*difference*: of the outputs, the largest of all, relative, in train and eval mode, in brackets what
+the model itself does when its inputs move by two units of rounding, where more than {rounded:.0e};
+not of inserted layers (*deeper*; their factors are inverted, and the proof bounds that); *seconds*:
 of CPU, to trace and analyse; *others*: the numbers of the sentences about the other axes.
 
 ## Why axes do not widen
