@@ -263,7 +263,8 @@ class Nudged(nn.Module):
         """Return a tensor of real numbers with every other entry larger, and smaller, by a bit."""
         if not isinstance(value, torch.Tensor) or not value.is_floating_point():
             return value
-        signs = 1 - 2 * (torch.arange(value.numel()) % 2).reshape(value.shape)
+        order = torch.arange(value.numel(), dtype=value.dtype).reshape(value.shape)
+        signs = 1 - 2 * (order % 2)
         return value * (1 + 2 * torch.finfo(value.dtype).eps * signs)
 
 
