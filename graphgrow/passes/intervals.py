@@ -143,8 +143,9 @@ BOUNDED = {*_BETWEEN, "native_layer_norm", "rsqrt", "hardtanh", "clamp"} - {"rel
 
 def _by_kind(o: Operation) -> Range | None:
     """Return what follows from the kind of an operator alone: entries that only move."""
+    bits = any(isinstance(a, torch.dtype) for a in o.args)  # a view of them as other numbers
     by_strides = o.func.overloadpacket in (aten.as_strided, aten.as_strided_)
-    if o.row.kind is not Kind.MOVE or by_strides or not o.out.is_floating_point():
+    if o.row.kind is not Kind.MOVE or by_strides or bits or not o.out.is_floating_point():
         return None
     found = _ends(o)
     return replace(found, is_point=not o.varying(), ball=_kept_ball(o))

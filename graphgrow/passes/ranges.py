@@ -180,7 +180,7 @@ class _RangeWatch(Dispatch):
         if not isinstance(value, Tensor):
             return value
         found = self.of(value)
-        return value.clone() if found is None else found
+        return value.detach().cpu().clone() if found is None else found
 
     def _overwritten(self, tensor: Tensor) -> None:
         """Forget what was known of all tensors that share memory with one that is written."""
