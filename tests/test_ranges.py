@@ -76,6 +76,7 @@ NORMS = {
     "layer norm": nn.LayerNorm,
     "RMS norm": lambda n: nn.RMSNorm(n, eps=1e-6),
     "tanh": lambda n: nn.Tanh(),
+    "ReLU6 in place": lambda n: nn.ReLU6(inplace=True),
 }
 
 
@@ -110,7 +111,8 @@ def test_a_unit_behind_a_norm_that_is_never_on_goes_for_all_inputs(name: str, dt
     model = planted(NORMS[name](8), 20, dtype)
     graph = gg.trace(model, torch.randn(4, 5, dtype=dtype))
     grown = gg.apply(graph, gg.Remove("second", (2,)))
-    assert grown.proof.exact and grown.proof.box is None and "all inputs" in str(grown.proof)
+    assert grown.proof.exact and grown.proof.box is None
+    assert "all inputs, of the sizes of the example" in str(grown.proof)
     far = 1e3 * torch.randn(64, 5, dtype=dtype)
     assert gg.compare(model, grown.graph, far).relative <= 1e-10
     assert gg.Remove("second", (4,)).obstacle(graph) is not None
@@ -129,6 +131,15 @@ def test_a_unit_that_a_box_keeps_off_goes_and_the_proof_names_the_box() -> None:
     assert gg.compare(model, grown.graph, *graph.example).relative > 1e-3
     both = gg.apply(graph, gg.Widen("first", 2), gg.Remove("second", (2,), box=(-1, 1)))
     assert both.proof.box == (-1, 1)
+
+
+def test_words_are_bounded_by_their_table() -> None:
+    model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)).double()
+    with torch.no_grad():
+        model[1].bias[2] = -50
+    graph = gg.trace(model, torch.randint(5, (3, 4)))
+    grown = gg.apply(graph, gg.Remove("1", (2,)))
+    assert gg.compare(model, grown.graph, torch.arange(5)[None]).relative <= 1e-10
 
 
 def test_batch_norm_in_train_mode_bounds_nothing() -> None:

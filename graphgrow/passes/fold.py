@@ -18,7 +18,7 @@ from graphgrow.ir.graph import Graph
 from graphgrow.passes.identity import is_activation
 from graphgrow.passes.place import first_input, is_layer
 from graphgrow.passes.prove import Proof, rounding
-from graphgrow.passes.ranges import Box, ranges
+from graphgrow.passes.ranges import Box, domain, ranges
 from graphgrow.passes.rewrite import Edit, TensorOrigin, refusal
 
 _SUMS = ("add", "iadd", "add_", "__add__")
@@ -71,8 +71,9 @@ class Fold:
         grown = _without(place, found)
         inexact = rounding([path for path in found.tensors if path in graph.state], graph.state)
         exact = found.modes == ("train", "eval")
-        domain, box = "all finite values", self.box if how == "clip" else None
-        proof = Proof(str(self), exact, found.modes, domain, (found.line,), inexact, box=box)
+        clips = how == "clip"
+        box, where = (self.box, domain(self.box)) if clips else (None, "all finite values")
+        proof = Proof(str(self), exact, found.modes, where, (found.line,), inexact, box=box)
         done = replace(self, how=how)
         return Edit(replace(grown, journal=(*graph.journal, done)), proof, found.origin(graph))
 

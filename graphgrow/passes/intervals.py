@@ -137,7 +137,8 @@ _BETWEEN = {
 }
 
 
-BOUNDED = {*_BETWEEN, "native_layer_norm", "rsqrt", "hardtanh", "clamp"} - {"relu", "abs", "exp"}
+BOUNDED = {*_BETWEEN, "native_layer_norm", "rsqrt", "hardtanh", "clamp", "embedding"}
+BOUNDED -= {"relu", "abs", "exp"}
 """The operators whose outputs have a bound on both sides, and what RMS norms are made of."""
 
 
@@ -177,7 +178,8 @@ def _ends(o: Operation) -> Range:
 def _linear(o: Operation) -> Range | None:
     """Return the range of sums of products with known numbers."""
     varying = o.varying()
-    if len(varying) != 1 or not o.out.is_floating_point():
+    scaled = any(o.kwargs.get(name, 1) != 1 for name in ("alpha", "beta"))
+    if len(varying) != 1 or scaled or not o.out.is_floating_point():
         return None
     x = varying[0]
     operands = o.ranges()

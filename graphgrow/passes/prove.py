@@ -38,8 +38,7 @@ class Proof:
 
     def __str__(self) -> str:
         exact = f"exact in {' and '.join(self.modes)}" if self.modes else "not exact"
-        domain = self.domain if self.box is None else "inputs from {:g} to {:g}".format(*self.box)
-        head = f"{self.rewrite}: {exact}, {domain}"
+        head = f"{self.rewrite}: {exact}, {self.domain}"
         if self.rounding:
             head += f", rounding at most {self.rounding:.1e}"
         if self.error is not None:

@@ -88,7 +88,8 @@ def _ends(
 
 def is_bounded(graph: Graph) -> bool:
     """Return whether some operator of a graph gives bounded numbers, whatever goes in."""
-    return any(step.func.overloadpacket.__name__ in BOUNDED for step in graph.analysis.steps)
+    names = {step.func.overloadpacket.__name__.removesuffix("_") for step in graph.analysis.steps}
+    return not names.isdisjoint(BOUNDED)
 
 
 def ranges(graph: Graph, box: Box | None = None) -> Ranges:
@@ -196,6 +197,12 @@ class _RangeWatch(Dispatch):
 
 def _tensors(value: Any) -> list[Tensor]:
     return [t for t in tree_leaves(value) if isinstance(t, Tensor)]
+
+
+def domain(box: Box | None) -> str:
+    """Return for which inputs ranges hold: other sizes have other borders and other positions."""
+    numbers = "all inputs" if box is None else "inputs from {:g} to {:g}".format(*box)
+    return f"{numbers}, of the sizes of the example"
 
 
 def inside(box: Box | None, inputs: Iterable[Any]) -> Any:

@@ -19,7 +19,7 @@ from graphgrow.ir.layout import Layout
 from graphgrow.passes.factors import Compensation, listed
 from graphgrow.passes.follow import Arrival, Follower, Reduction
 from graphgrow.passes.prove import Proof, Verdict, judge, old_entries, per_output, rounding
-from graphgrow.passes.ranges import CLIPS, Box, Ranges, is_bounded, ranges
+from graphgrow.passes.ranges import CLIPS, Box, Ranges, domain, is_bounded, ranges
 from graphgrow.passes.resize import resize
 from graphgrow.passes.rewrite import Edit, free_axes, refusal
 from graphgrow.passes.units import Resized, gather, times
@@ -86,12 +86,12 @@ class Remove:
             given = absorb if isinstance(absorb, tuple) else (absorb,)
             absorb = Absorb.fit(graph, axis.name, units, *given)
         narrowed = _Narrowed(graph, change, absorb)
-        box = None
+        box, where = None, "all inputs"
         known = bounds(graph, axis, self.box) if narrowed.reason is not None else None
         if known is not None:
             bounded = _Narrowed(graph, change, absorb, known)
             if bounded.reason is None:
-                narrowed, box = bounded, self.box
+                narrowed, box, where = bounded, self.box, domain(self.box)
         if narrowed.reason is not None:
             raise NotApplicable(
                 f"cannot remove {len(units)} of the {axis.width} units of axis '{axis.name}' "
@@ -108,7 +108,14 @@ class Remove:
         origin = {path: narrowed.kept.origin(path) for path in narrowed.tensors}
         said = str(replace(chosen, absorb=None))
         lost = rounding(narrowed.rounded, graph.state)
-        proof = Proof(said, not narrowed.fitted, lines=narrowed.lines, rounding=lost, box=box)
+        proof = Proof(
+            said,
+            not narrowed.fitted,
+            domain=where,
+            lines=narrowed.lines,
+            rounding=lost,
+            box=box,
+        )
         if narrowed.fitted:
             proof = replace(proof, modes=())
         return Edit(grown, proof, origin)
