@@ -156,9 +156,8 @@ class AdaRad(Optimizer):
         if not weights:
             return None
         gradients = [torch.zeros_like(w) if w.grad is None else w.grad for w in weights]
-        pieces = slices.lengths(weights) + slices.lengths(gradients)
+        pieces = slices.squares(weights) + slices.squares(gradients)
         table = _told(pieces + slices.dots(weights, gradients)).reshape(3, -1)
-        table[:2] **= 2
         length, gradient, along = slices.totals(table)  # the first two are squares
         zero = None
         if not length.all():
@@ -338,7 +337,7 @@ class AdaRadM(AdaRad):
         mixed = seen.spread(mixing)[0] if isinstance(mixing, np.ndarray) else mixing
         each._foreach_lerp_(means, seen.gradients, mixed)
         lost = -mixing * seen.radial
-        whole, along = slices.totals(_told(slices.lengths(means)) ** 2), lost * seen.length
+        whole, along = slices.totals(_told(slices.squares(means))), lost * seen.length
         before = shared["reach"].numpy(force=True)
         most = before * (1 - mixing) + seen.across * mixing  # by the triangle inequality
         reach = np.minimum(np.sqrt(_rest(whole, seen.instead(along * along, 0.0))), most)
@@ -382,7 +381,7 @@ class AdaRadM(AdaRad):
             return
         slices, weights = Slices(parts, self.fans.count), [held[part.path] for part in parts]
         means = [self.state[weight]["mean"] for weight in weights]
-        length = slices.totals(_told(slices.lengths(weights)) ** 2)
+        length = slices.totals(_told(slices.squares(weights)))
         inner = slices.totals(_told(slices.dots(weights, means)))
         (taken,) = slices.spread(means, -inner / np.where(length == 0, 1.0, length))
         each._foreach_addcmul_(means, weights, taken)

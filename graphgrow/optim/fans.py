@@ -95,15 +95,21 @@ class Slices:
         ends = np.cumsum([0, *(len(part.units) for part in self.parts)]).tolist()
         return [slice(a, b) for a, b in pairwise(ends)]
 
-    def lengths(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Return the length of every slice of a tensor for each part."""
-        pairs = zip(self.parts, tensors, strict=True)
-        return [torch.linalg.vector_norm(_exact(p.rows(tensor)), dim=1) for p, tensor in pairs]
+    def squares(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Return the squared length of every slice of a tensor for each part."""
+        return self.dots(tensors, tensors)
 
     def dots(self, first: Sequence[Tensor], second: Sequence[Tensor]) -> list[Tensor]:
         """Return the dot products of the slices of two tensors for each part."""
         found = zip(self.parts, first, second, strict=True)
-        return [torch.linalg.vecdot(_exact(p.rows(a)), _exact(p.rows(b))) for p, a, b in found]
+        return [_dots(_exact(p.rows(a)), _exact(p.rows(b))) for p, a, b in found]
+
+
+def _dots(first: Tensor, second: Tensor) -> Tensor:
+    """Return the dot products of rows: NumPy's, where that will do, write no table of products."""
+    if first.is_cpu and not torch.is_grad_enabled():
+        return torch.from_numpy(np.vecdot(first.numpy(force=True), second.numpy(force=True)))
+    return torch.linalg.vecdot(first, second)
 
 
 def joined(pieces: Sequence[Tensor]) -> Tensor:

@@ -69,5 +69,5 @@ def _check(what: str, strength: float, p: int) -> None:
 def _squares(fans: Fans, state: Mapping[str, Tensor]) -> Tensor:
     if not fans.parts:
         return torch.zeros(0)
-    lengths = fans.slices.lengths([state[part.path] for part in fans.parts])
-    return fans.slices.sums(joined(lengths).square())
+    squares = fans.slices.squares([state[part.path] for part in fans.parts])
+    return fans.slices.sums(joined(squares))
