@@ -43,7 +43,13 @@ from graphgrow.scores import GradMax, Random, Tiny, advance, amplify, best_step,
 from graphgrow.scores.amplitude import mean_loss
 
 AXES, START = ("first", "second", "third"), (1, 2, 4)
-SCORES = {"TINY": Tiny, "joint TINY": Tiny, "GradMax": GradMax, "random": Random}
+METHODS = {  # the score, and whether present weights go along their best update, as TINY's do
+    "joint TINY": (Tiny, True),
+    "TINY": (Tiny, True),
+    "GradMax": (GradMax, False),
+    "random": (Random, False),
+    "random, with the update": (Random, True),
+}
 SIZES = tuple(4.0**k for k in range(-10, 6))  # amplitudes tried
 
 
@@ -68,20 +74,16 @@ def batches(images, classes, size=500):
     return list(zip(images.split(size), classes.split(size), strict=True))
 
 
-def proposed(kind, count, graph, moments, seed):
-    """Return the proposals of one method for the axes measured."""
-    if kind == "random":
-        return Random(count, seed=seed).proposals(graph, moments)
-    options = {"joint": True} if kind == "joint TINY" else {}
-    return SCORES[kind](count, **options).proposals(graph, moments)
-
-
 def grow(kind, graph, axis, count, train, held, seed):
     """Give one axis units, each side as far as the search says, and return the grown graph."""
+    score, updated = METHODS[kind]
     joint = kind == "joint TINY"
-    found = gg.moments(graph, train, F.cross_entropy, [axis], project=not joint, overlap=joint)
-    proposals = proposed(kind, count, graph, found, seed)
-    advance(graph, best_step(graph, found[axis]), held, F.cross_entropy, SIZES)
+    options = {"joint": joint} if score is Tiny else {"seed": seed} if score is Random else {}
+    project = updated and not joint  # GradMax's units are for all that is desired
+    found = gg.moments(graph, train, F.cross_entropy, [axis], project=project, overlap=joint)
+    proposals = score(count, **options).proposals(graph, found)
+    if updated:
+        advance(graph, best_step(graph, found[axis]), held, F.cross_entropy, SIZES)
     for proposal in proposals:
         grown = gg.apply(graph, proposal.rewrite)
         amplify(grown, proposal, held, F.cross_entropy, SIZES)
@@ -146,7 +148,7 @@ def main():
     (x, y), cuts = data, (options.images, 1000, 2000)
     train, held, test = map(batches, x.split(cuts), y.split(cuts))
     runs = {}
-    for kind in SCORES:
+    for kind in METHODS:
         began = time.perf_counter()
         runs[kind] = run(kind, options, train, held, test)
         print(

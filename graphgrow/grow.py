@@ -30,6 +30,7 @@ from graphgrow.passes.widen import Widen
 from graphgrow.scores.amplitude import amplify, mean_loss, settle
 from graphgrow.scores.carry import carried
 from graphgrow.scores.proposal import Proposal
+from graphgrow.scores.senn import Senn
 from graphgrow.when import ALWAYS, Choosy, Clock, When
 from graphgrow.where import ANYWHERE, UNLIMITED, Budget, HowMany, Where, cost_of
 
@@ -284,6 +285,8 @@ class Grower:
         }
         if proposal.unit == "learning rate":
             event["gain_measured"] = new_gradient(grown, batches, self.loss)
+        elif isinstance(self.score, Senn):
+            event["gain_measured"] = self.score.gained(grown, batches, self.loss)
         if self.amplitude is not False and proposal.target is not None:
             given = held or batches
             if self.amplitude is True:

@@ -483,6 +483,8 @@ def test_units_and_layers_are_grown_where_a_threshold_is_passed(tmp_path: Path) 
     run(whole, range(8))
     kinds = {growth["rewrite"] for event in whole.record for growth in event["growths"]}
     assert kinds == {"Widen", "Deepen"}
+    for growth in (growth for event in whole.record for growth in event["growths"]):
+        assert (growth["gain_measured"] is None) == (growth["rewrite"] == "Deepen")
     for event in whole.record:
         assert event["loss_after"] == pytest.approx(event["loss_before"], rel=1e-4)
     quiet = made(*start(), tau=1e9)

@@ -196,17 +196,20 @@ def test_the_increase_is_what_the_grown_model_has_more(name: str) -> None:
     grown = gg.apply(graph, found.rewrite)
     assert gg.compare(graph, grown.graph, x).relative <= 1e-10
     axis = graph.axes[found.rewrite.axis]
-    before, after, bound = 0.0, 0.0, 0.0
+    before, after, own, bound = 0.0, 0.0, 0.0, 0.0
     for path in {at.path.rpartition(".")[0] for at in axis.consumers}:
         old = Naive(gg.lower(graph).eval(), path, x, y)
         new = Naive(gg.lower(grown.graph).eval(), path, x, y)
         before += old.score(0.05)
         after += new.score(0.05, old)
+        own += new.score(0.05)
         bound += _bound(old, new, 0.05)
     assert found.score == pytest.approx(before, rel=1e-8)
     assert found.increase == pytest.approx(after - before, rel=1e-7, abs=1e-10 * before)
     assert found.bound == pytest.approx(bound, rel=1e-7, abs=1e-10 * before)
     assert found.bound <= found.increase * (1 + 1e-9)
+    gained = gg.scores.Senn(probes=1000, damping=0.05).gained(grown, [(x, y)], loss)
+    assert gained == pytest.approx(own - before, rel=1e-7, abs=1e-10 * before)
 
 
 def _bound(old: Naive, new: Naive, damping: float) -> float:

@@ -19,6 +19,7 @@ from graphgrow.measure.sample import PROBES, Sample, sample
 from graphgrow.moments import Loss
 from graphgrow.passes.apply import apply
 from graphgrow.passes.deepen import Deepen
+from graphgrow.passes.rewrite import Grown
 from graphgrow.passes.widen import Widen
 from graphgrow.scores.candidates import Activations, NewLayer, NewUnits
 from graphgrow.scores.kronecker import Block
@@ -129,6 +130,22 @@ class Senn:
         seen = {k: sample(graph, batches[k], loss, uses, probes=self.probes) for k in set(roles)}
         looks = [_Look(batches[k][0], seen[k]) for k in roles]
         return [self._best(place, *looks) for place in places]
+
+    def gained(self, grown: Grown, batches: Sequence[tuple[Any, Any]], loss: Loss) -> float | None:
+        """Return by how much growth raised η on the last batch, each side with its own damping.
+
+        None for a layer, which was searched with its activation free and stands as the identity.
+        """
+        rewrite, scores = grown.graph.journal[-1], []
+        if not isinstance(rewrite, Widen):
+            return None
+        for graph in (grown.before.renewed(), grown.graph.renewed()):
+            place = NewUnits.of(graph, rewrite.axis, 1, self.seed)
+            if place is None:
+                return None
+            seen = sample(graph, batches[-1], loss, place.uses, probes=self.probes)
+            scores.append(_Judge(seen, place.uses, self.damping).score)
+        return scores[1] - scores[0]
 
     def _best(
         self, place: NewUnits | NewLayer, first: _Look, middle: _Look, last: _Look
