@@ -224,3 +224,14 @@ def test_both_go_on_with_a_grown_model(kind: Any) -> None:
 def test_bad_settings_are_refused_in_a_sentence(settings: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"cannot make NaturalGradient: .*; give"):
         gg.NaturalGradient(network().parameters(), **settings)
+
+
+def test_a_diverged_model_is_refused_and_stays_as_it_is() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 3)).double()
+    x, y = torch.ones(5, 3, dtype=torch.double), torch.zeros(5, dtype=torch.long)
+    with torch.no_grad():
+        model[0].weight.fill_(1e160)
+    before, optimizer = flat(model.parameters()), gg.KroneckerGradient(model.parameters())
+    with pytest.raises(ValueError, match="cannot step KroneckerGradient: the damped covariance of"):
+        optimizer.step(closure(model, x, y))
+    assert torch.equal(flat(model.parameters()), before)

@@ -326,8 +326,20 @@ def _solved(a: Tensor, s: Tensor, gradient: Tensor, damping: float) -> Tensor:
     ratio = (sizes[0] / sizes[1]) ** 0.5 if min(sizes) > 0 else 1.0
     for matrix, amount in ((a, ratio * damping**0.5), (s, damping**0.5 / ratio)):
         matrix.diagonal(dim1=1, dim2=2).add_(amount)
-    left = torch.cholesky_solve(gradient, torch.linalg.cholesky(a))
-    return torch.cholesky_solve(left.mT, torch.linalg.cholesky(s)).mT
+    left = torch.cholesky_solve(gradient, _factor(a, "inputs"))
+    return torch.cholesky_solve(left.mT, _factor(s, "outputs' slopes")).mT
+
+
+def _factor(matrix: Tensor, of: str) -> Tensor:
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    if failed.any():
+        size = matrix.shape[-1]
+        raise ValueError(
+            f"cannot step KroneckerGradient: the damped covariance of a layer's {of} ({size} × "
+            f"{size}) is not positive definite, so steps diverged or damping is lost in rounding; "
+            "give a smaller lr, a radius or more damping"
+        )
+    return factor
 
 
 class _Layers(TorchFunctionMode):
