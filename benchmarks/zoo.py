@@ -48,6 +48,7 @@ import graphgrow as gg
 
 ALONE, LAYERS = 3, 5
 ROUNDED = 1e-10  # a difference above which it is asked what rounding alone does
+SETTLE = 50  # passes in train mode that make running statistics those of the weights
 MOST = 8  # times the parameters of a model, above which an axis is widened alone
 WHOLE = "grows by whole copies only:"
 ANALYSIS_LIMIT, LIMIT = 60, 900  # seconds of CPU to trace and analyse, and of time for all
@@ -147,6 +148,7 @@ def one(name: str) -> Found:
     with vision.silenced():
         model, inputs = architectures.architectures()[name]()
         stir(model)
+        inputs = conditioned(model, inputs)
         found: Found = {"name": name, "parameters": sum(p.numel() for p in model.parameters())}
         began = time.process_time()
         try:
@@ -179,6 +181,26 @@ def stir(model: nn.Module) -> None:
                 buffer += 0.1 * torch.randn_like(buffer)
             elif name.endswith("running_var"):
                 buffer *= 0.5 + torch.rand_like(buffer)
+
+
+def conditioned(model: nn.Module, inputs: architectures.Inputs) -> architectures.Inputs:
+    """Return a model's inputs; where it magnifies rounding, more of them.
+
+    Norms over a few numbers do, and running statistics that do not fit the weights: those are
+    first made to, by passes in train mode.
+    """
+    if gg.compare(model, Nudged(model), **inputs).relative <= ROUNDED:
+        return inputs
+    if not all(isinstance(x, torch.Tensor) and x.is_floating_point() for x in inputs.values()):
+        return inputs
+
+    def drawn() -> architectures.Inputs:
+        return {name: torch.randn_like(x.repeat_interleave(4, 0)) for name, x in inputs.items()}
+
+    with torch.no_grad():
+        for _ in range(SETTLE):
+            model.train()(**drawn())
+    return drawn()
 
 
 def axes(graph: gg.Graph) -> Found:
