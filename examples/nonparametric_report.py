@@ -190,8 +190,11 @@ def save_tasks(results, tasks, path):
             panel.plot(*zip(*points, strict=True), "x", color="grey", label="paper, nonparametric")
         for penalty, (widths, errors) in found.items():
             at = weights(widths), 100 * errors["nonparametric"]
-            panel.annotate(f"λ = {penalty:g}\n" + "-".join(map(str, widths[1:-1])), at, fontsize=7)
-        panel.set(title=name, xlabel="weights", ylabel="test error, %", xscale="log")
+            said = f"λ = {penalty:g}\n" + "-".join(map(str, widths[1:-1]))
+            panel.annotate(said, at, (6, 4), textcoords="offset points", fontsize=7)
+        panel.margins(0.2)
+        panel.locator_params(axis="x", nbins=5)
+        panel.set(title=name, xlabel="weights", ylabel="test error, %")
         panel.legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(path)

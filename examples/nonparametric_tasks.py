@@ -20,7 +20,26 @@ full a tick is an epoch (for poker the tenth of one), one unit comes each tick, 
 after 50, and patience and 800,000 hands are those of the paper. In both, the gradient may change a
 length by ten times what the penalty takes off it, and by less when angular steps are smaller: the
 radial step size of the paper is 1 / (50 λ), and for λ below 1e-4 its steps jump over the length
-they aim at, until nothing is learned. The four tasks take 20 minutes of one core in short.
+they aim at, until nothing is learned. The four tasks take 20 minutes of one core in short, and
+nonparametric_mnist.py another two or three.
+
+Measured in short, test errors in per cent, beside networks of that size trained by RMSprop and SGD;
+the paper's sizes and errors of table 2 in brackets:
+
+    poker       1e-3   39-35-31-18   0.16   0.17   0.44    (23-24-15-4, 0.62; parametric 0.20)
+                1e-5   54-60-68-57   0.27   0.18   0.22    (94-135-105-35, 0.022; 0.003)
+                1e-6   49-65-73-46   0.29   0.16   0.22    (210-251-224-104, 0.001; 0.003)
+                1e-7   71-82-81-65   0.28   0.12   0.25    (299-258-259-129, 0.000; 0.002)
+    convex      1e-5   29-17         25.3   26.0   26.5
+                1e-8   31-14         25.0   26.0   27.0
+    rectangles  3e-5   68-36         41.1   41.4   41.3
+                1e-6   93-55         42.2   40.3   40.5
+    mnist       3e-3   103-51        1.82   2.02   6.13
+                1e-3   98-36         1.66   2.06   2.41
+                3e-4   107-69        1.68   1.97   2.07
+
+An eighth of the hands is the likely cause of larger errors at poker, and that no more than 100 units
+come to a layer that networks for small λ stay small.
 """
 
 import argparse
