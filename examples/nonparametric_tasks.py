@@ -38,8 +38,8 @@ the paper's sizes and errors of table 2 in brackets:
                 1e-3   98-36         1.66   2.06   2.41
                 3e-4   107-69        1.68   1.97   2.07
 
-An eighth of the hands is the likely cause of larger errors at poker, and that no more than 100 units
-come to a layer that networks for small λ stay small.
+An eighth of the hands is the likely cause of the larger errors at poker; that no more than 100
+units come to a layer is why networks for small λ stay small.
 """
 
 import argparse
