@@ -1,6 +1,6 @@
 """Models of four libraries, whole: what traces, which axes widen, why others can't, how exactly.
 
-    python benchmarks/zoo.py [PATTERN ...] [--cache FILE] [--table FILE] [--again]
+    python benchmarks/zoo.py [PATTERN ...] [--alone N] [--cache FILE] [--table FILE] [--again]
 
 Runs each model whose name matches a pattern (`timm/*`, `*/resnet*`; left out, all) and is not in
 the cache yet, in a process of its own, with random weights, stirred as by training, and small
@@ -9,7 +9,7 @@ cache once more, `--only-table` nothing. A run that was stopped goes on where it
 torchvision, timm and transformers (requirements/zoo.txt); the largest models need some 20 GB.
 
 Of each model: every axis without an obstacle is widened by the smallest prime from 3 on that
-divides no width in it, all of them at once, and a sample of ALONE of them each alone; where that is
+divides no width in it, all of them at once, and up to N of them each alone (1000); where that is
 refused (streams with norms behind them, or dropout), by a copy of all its units; the new units are
 removed again; so are zero units put among the old ones; layers that are the identity are
 inserted at up to LAYERS places. Outputs are compared in train and in eval mode.
@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
+import copy
 import fnmatch
 import importlib
 import json
@@ -46,7 +47,7 @@ import vision
 
 import graphgrow as gg
 
-ALONE, LAYERS = 3, 5
+ALONE, ZEROS, LAYERS = 1000, 3, 5
 ROUNDED = 1e-10  # a difference above which it is asked what rounding alone does
 SETTLE = 50  # passes in train mode that make running statistics those of the weights
 MOST = 8  # times the parameters of a model, above which an axis is widened alone
@@ -62,6 +63,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("patterns", nargs="*", default=["*"])
+    parser.add_argument("--alone", type=int, default=ALONE)
     parser.add_argument("--cache", type=Path, default=Path("zoo.jsonl"))
     parser.add_argument("--table", type=Path, default=Path("docs/zoo.md"))
     parser.add_argument("--again", action="store_true")
@@ -76,7 +78,7 @@ def main() -> None:
     for name in () if options.only_table else order:
         asked = any(fnmatch.fnmatch(name, pattern) for pattern in options.patterns)
         if asked and (options.again or name not in cached):
-            found = in_a_process(name)
+            found = in_a_process(name, options.alone)
             print(line(found, {}), flush=True)
             with options.cache.open("a") as file:
                 file.write(json.dumps(found) + "\n")
@@ -93,10 +95,10 @@ def read(cache: Path) -> dict[str, Found]:
 # --------------------------------------------------------------------------- one model
 
 
-def in_a_process(name: str) -> Found:
+def in_a_process(name: str, alone: int) -> Found:
     """Return what `one` finds in a process of its own, or how that ended."""
     end, given = multiprocessing.Pipe(duplex=False)
-    process = multiprocessing.get_context("fork").Process(target=_send, args=(given, name))
+    process = multiprocessing.get_context("fork").Process(target=_send, args=(given, name, alone))
     start = time.monotonic()
     process.start()
     given.close()
@@ -112,9 +114,9 @@ def in_a_process(name: str) -> Found:
     return {"total": time.monotonic() - start, **found}
 
 
-def _send(given: Connection, name: str) -> None:
+def _send(given: Connection, name: str, alone: int) -> None:
     try:
-        given.send(one(name))
+        given.send(one(name, alone))
     except Exception as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
         place = f"{Path(where.filename).name}:{where.lineno}"
@@ -140,7 +142,7 @@ def limited(seconds: float) -> Iterator[None]:
         signal.setitimer(signal.ITIMER_PROF, 0)
 
 
-def one(name: str) -> Found:
+def one(name: str, alone: int) -> Found:
     """Return what is found on one model; `refused` or `failed` says why there is no more."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -160,7 +162,7 @@ def one(name: str) -> Found:
         except Overtime:
             return found | {"failed": f"not analysed after {ANALYSIS_LIMIT} s"}
         found["seconds"] = time.process_time() - began
-        found |= widened(model, graph, inputs)
+        found |= widened(model, graph, inputs, alone)
         found |= deepened(graph, inputs)
     found["total"] = time.process_time() - start
     found["gigabytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
@@ -228,8 +230,9 @@ def counted(sentences: Iterable[str]) -> dict[str, int]:
     )
 
 
-def widened(model: nn.Module, graph: gg.Graph, inputs: architectures.Inputs) -> Found:
-    """Return what widening did, at once and alone, and removing after it."""
+def widened(model: nn.Module, graph: gg.Graph, inputs: architectures.Inputs, most: int) -> Found:
+    """Return what widening did, at once and `most` axes alone, and removing after it."""
+    remembered = Remembered(model)
     units = odd_number(graph)
     free = [axis.name for axis in graph.axes.values() if axis.obstacle is None]
     together, more, refused, apart = graph, dict[str, int](), [], list[str]()
@@ -250,15 +253,16 @@ def widened(model: nn.Module, graph: gg.Graph, inputs: architectures.Inputs) -> 
     fits = [name for name, count in more.items() if count == units]
     found: Found = {"units": units, "widened": len(fits + apart), "refused_axes": counted(refused)}
     found["copied"] = len(more) - len(fits)
-    found["together"] = gg.compare(model, together, **inputs).relative
+    found["together"] = gg.compare(remembered, together, **inputs).relative
     found["back"] = gap(graph, back(graph, together, more, at_end=True))
     found["alone"] = found["zeros"] = 0
     found["alone_difference"] = 0.0
-    for name in [*apart, *(fits[:: -(-len(fits) // ALONE)] if fits else ())]:
+    for name in [*apart, *sampled(fits, most)]:
         alone = gg.apply(graph, gg.Widen(name, units), verify=False).graph
-        apart_from_it = gg.compare(graph, alone, **inputs).relative
+        moved = gg.compare(remembered, alone, **inputs).relative
         found["alone"] += 1
-        found["alone_difference"] = max(found["alone_difference"], apart_from_it)
+        found["alone_difference"] = max(found["alone_difference"], moved)
+    for name in [*apart, *sampled(fits, ZEROS)]:
         zeros = gg.Widen(name, units, 0, gg.ZeroIncoming())
         with contextlib.suppress(gg.NotApplicable):
             among = gg.apply(graph, zeros, verify=False).graph
@@ -268,6 +272,28 @@ def widened(model: nn.Module, graph: gg.Graph, inputs: architectures.Inputs) -> 
     if difference(found) > ROUNDED:
         found["rounding"] = gg.compare(model, Nudged(model), **inputs).relative
     return found
+
+
+def sampled(names: list[str], most: int) -> list[str]:
+    """Return at most so many of some names, from all over the list."""
+    return names[:: max(1, -(-len(names) // most))]
+
+
+class Remembered(nn.Module):
+    """A model that runs once in each mode, and then gives the same outputs again."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model, self.outputs = model, dict[bool, Any]()
+
+    def __deepcopy__(self, memo: Any) -> Remembered:
+        return self  # of all copies one has run
+
+    def forward(self, **inputs: Any) -> Any:
+        """Return what the model made of its first inputs in this mode."""
+        if self.training not in self.outputs:
+            self.outputs[self.training] = copy.deepcopy(self.model)(**inputs)
+        return self.outputs[self.training]
 
 
 class Nudged(nn.Module):
@@ -340,9 +366,9 @@ HEAD = """# The zoo
 `{command}`: {count} of {of} models, torch {torch}, random weights, all of them stirred,
 float64, one thread, {minutes:.0f} minutes of CPU in all. Every axis without an obstacle is widened
 by a prime that divides no width in the model, or else by a copy of all its units: all at once (but
-for axes inside others that would make the model {most} times as large), and up to {alone} of them
-each alone; the new units, and zero units put among the old, are removed
-again; identity layers are inserted at up to {layers} places.
+for axes inside others that would make the model {most} times as large), and {alone} of them each
+alone; the new units, and zero units put among the old, are removed again; identity layers are
+inserted at up to {layers} places.
 
 {sums}
 
@@ -387,7 +413,7 @@ def table(results: list[Found], of: int) -> str:
         of=of,
         torch=torch.__version__,
         minutes=sum(found["total"] for found in results) / 60,
-        alone=ALONE,
+        alone=sum(found.get("alone", 0) for found in results),
         most=MOST,
         rounded=ROUNDED,
         layers=LAYERS,
