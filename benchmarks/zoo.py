@@ -52,7 +52,7 @@ ROUNDED = 1e-10  # a difference above which it is asked what rounding alone does
 SETTLE = 50  # passes in train mode that make running statistics those of the weights
 MOST = 8  # times the parameters of a model, above which an axis is widened alone
 WHOLE = "grows by whole copies only:"
-ANALYSIS_LIMIT, LIMIT = 60, 900  # seconds of CPU to trace and analyse, and of time for all
+ANALYSIS_LIMIT, LIMIT = 60, 3600  # seconds of CPU to trace and analyse, and of time for all
 
 Found = dict[str, Any]
 
