@@ -1,4 +1,7 @@
-"""Models of timm and of Hugging Face's transformers, built small, and inputs for them."""
+"""Models of other libraries, built small, and inputs for them.
+
+timm, Hugging Face's transformers, segmentation_models_pytorch and torch_geometric.
+"""
 
 from __future__ import annotations
 
@@ -253,6 +256,151 @@ def _first_argument(model: nn.Module) -> str:
     return next(iter(inspect.signature(model.forward).parameters))
 
 
+# --------------------------------------------------------------------------- segmentation_models
+
+# Every decoder with a residual encoder, and others with encoders of other families.
+SEGMENTATION = tuple(
+    """
+    unet-resnet18 unet-efficientnet-b0 unet-mit_b0 unet-timm-mobilenetv3_small_075
+    unetplusplus-resnet18 manet-resnet18 manet-mobilenet_v2 linknet-resnet18 linknet-mobilenet_v2
+    fpn-resnet18 fpn-mit_b0 pspnet-resnet18 pspnet-efficientnet-b0 pan-resnet18
+    deeplabv3-resnet18 deeplabv3plus-resnet18 deeplabv3plus-mobilenet_v2 upernet-resnet18
+    upernet-mit_b0 segformer-mit_b0 dpt-tu-vit_tiny_patch16_224
+    """.split()
+)
+
+
+def segmentation_model(name: str) -> tuple[nn.Module, Inputs]:
+    """Return the decoder and encoder `name` with random weights, for 5 classes, and images."""
+    vision.torchvision()
+    library = importlib.import_module("segmentation_models_pytorch")
+    decoder, _, encoder = name.partition("-")
+    stated = {"img_size": 64, "dynamic_img_size": False} if decoder == "dpt" else {}
+    model = library.create_model(decoder, encoder, None, classes=5, **stated).double()
+    return model, {_first_argument(model): _image()}
+
+
+# --------------------------------------------------------------------------- torch_geometric
+
+NODES, EDGES, GRAPHS = 14, 40, 2
+DEGREES = torch.tensor([1, 4, 5, 3, 1])  # of how many nodes have how many edges
+BASIC = {"in_channels": 6, "hidden_channels": 16, "num_layers": 3, "out_channels": 5}
+
+# What `torch_geometric.nn` has under a name, and how it is made; then what it reads beside x and
+# edge_index.
+WHOLE: dict[str, tuple[str, dict[str, Any], str]] = {
+    "gcn": ("GCN", BASIC, ""),
+    "gcn-jumping": ("GCN", BASIC | {"jk": "cat", "norm": "batch_norm"}, ""),
+    "gcn-lstm": ("GCN", BASIC | {"jk": "lstm"}, ""),
+    "graphsage": ("GraphSAGE", BASIC, ""),
+    "graphsage-max": ("GraphSAGE", BASIC | {"aggr": "max", "norm": "layer_norm"}, ""),
+    "graphsage-project": ("GraphSAGE", BASIC | {"project": True, "norm": "graph_norm"}, ""),
+    "gin": ("GIN", BASIC, ""),
+    "gat": ("GAT", BASIC | {"heads": 4}, ""),
+    "gatv2": ("GAT", BASIC | {"heads": 4, "v2": True}, ""),
+    "edgecnn": ("EdgeCNN", BASIC, ""),
+    "pna": (
+        "PNA",
+        BASIC
+        | {"aggregators": ["mean", "min", "max", "std"], "deg": DEGREES}
+        | {"scalers": ["identity", "amplification", "attenuation"]},
+        "",
+    ),
+    "graphunet": (
+        "GraphUNet",
+        {"in_channels": 6, "hidden_channels": 16, "out_channels": 5, "depth": 2},
+        "",
+    ),
+    "attentivefp": (
+        "AttentiveFP",
+        BASIC | {"edge_dim": 4, "num_timesteps": 2},
+        "edge_attr batch",
+    ),
+    "linkx": ("LINKX", BASIC | {"num_nodes": NODES}, ""),
+    "pmlp": ("PMLP", BASIC, ""),
+}
+
+# Layers of `torch_geometric.nn`, two of which and a pooling make a classifier of graphs.
+LAYERS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "transformer": ("TransformerConv", {"heads": 4, "concat": False, "beta": True}, "global_add"),
+    "graph": ("GraphConv", {}, "global_mean"),
+    "resgated": ("ResGatedGraphConv", {}, "global_max"),
+    "cheb": ("ChebConv", {"K": 3}, "global_mean"),
+    "tag": ("TAGConv", {"K": 2}, "global_add"),
+    "arma": ("ARMAConv", {"num_stacks": 2, "num_layers": 2}, "global_mean"),
+    "sg": ("SGConv", {"K": 2}, "global_mean"),
+    "le": ("LEConv", {}, "global_mean"),
+    "gen": ("GENConv", {}, "global_mean"),
+    "cluster": ("ClusterGCNConv", {}, "global_mean"),
+    "film": ("FiLMConv", {}, "global_mean"),
+    "mf": ("MFConv", {"max_degree": 4}, "global_mean"),
+    "eg": ("EGConv", {"num_heads": 4, "num_bases": 2}, "global_mean"),
+    "general": ("GeneralConv", {"heads": 2, "attention": True}, "global_mean"),
+    "supergat": (
+        "SuperGATConv",
+        {"heads": 2, "concat": False, "is_undirected": True},
+        "global_mean",
+    ),
+    "gat-topk": ("GATConv", {"heads": 2, "concat": False}, "topk"),
+    "gcn-sag": ("GCNConv", {}, "sag"),
+    "gine": ("GINEConv", {"edge_dim": 4}, "global_add"),
+    "nn": ("NNConv", {}, "global_mean"),
+}
+
+
+class OfGraphs(nn.Module):
+    """Two graph layers, a pooling over each graph and a classifier."""
+
+    def __init__(self, kind: str, stated: Mapping[str, Any], pooling: str) -> None:
+        super().__init__()
+        library = importlib.import_module("torch_geometric.nn")
+        self.reads_edges = kind in ("GINEConv", "NNConv")
+        self.layers = nn.ModuleList(
+            getattr(library, kind)(*sizes(kind, before), **stated) for before in (6, 16)
+        )
+        picked = {"topk": "TopKPooling", "sag": "SAGPooling"}.get(pooling)
+        self.picked = getattr(library, picked)(16, ratio=0.5) if picked else None
+        self.pooled = getattr(library, f"{pooling}_pool", library.global_mean_pool)
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor, edge_index: Tensor, batch: Tensor, edge_attr: Tensor) -> Tensor:
+        """Return a score for each graph and class."""
+        rest = (edge_attr,) if self.reads_edges else ()
+        for layer in self.layers:
+            x = layer(x, edge_index, *rest).relu()
+        graphs = None
+        if self.picked is not None:
+            graphs = int(batch.max()) + 1
+            x, _, _, batch, *_ = self.picked(x, edge_index, None, batch)
+        return self.head(self.pooled(x, batch, graphs))
+
+
+def sizes(kind: str, before: int) -> tuple[Any, ...]:
+    """Return what the constructor of a graph layer takes first."""
+    if kind == "GINEConv":
+        return (nn.Sequential(nn.Linear(before, 24), nn.ReLU(), nn.Linear(24, 16)),)
+    if kind == "NNConv":
+        edges = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, before * 16))
+        return before, 16, edges
+    return before, 16
+
+
+def geometric_model(name: str) -> tuple[nn.Module, Inputs]:
+    """Return a model of graphs with random weights, and two graphs."""
+    library = importlib.import_module("torch_geometric.nn")
+    graphs = {
+        "x": torch.randn(NODES, 6, dtype=torch.double),
+        "edge_index": torch.randint(NODES // 2, (2, EDGES)) + (torch.arange(EDGES) % 2 * 7),
+        "batch": torch.arange(NODES) // (NODES // GRAPHS),
+        "edge_attr": torch.randn(EDGES, 4, dtype=torch.double),
+    }
+    if name in WHOLE:
+        kind, stated, reads = WHOLE[name]
+        model = getattr(library, kind)(**stated).double()
+        return model, {k: graphs[k] for k in ("x", "edge_index", *reads.split())}
+    return OfGraphs(*LAYERS[name]).double(), graphs
+
+
 # --------------------------------------------------------------------------- all
 
 
@@ -265,6 +413,10 @@ def architectures() -> dict[str, Callable[[], tuple[nn.Module, Inputs]]]:
         found[f"transformers/{name}"] = functools.partial(hugging_face, name)
     for name in TIMM:
         found[f"timm/{name}"] = functools.partial(timm_model, name)
+    for name in SEGMENTATION:
+        found[f"segmentation_models_pytorch/{name}"] = functools.partial(segmentation_model, name)
+    for name in (*WHOLE, *LAYERS):
+        found[f"torch_geometric/{name}"] = functools.partial(geometric_model, name)
     for name, build, size in vision.zoo():
         found[f"torchvision/{name}"] = functools.partial(_torchvision, build, size)
     return found

@@ -335,6 +335,34 @@ def test_sizes_that_values_decide_stay_sizes():
     check(Module(forward))
 
 
+def counted(m, x):
+    """Sum rows by a class that their values decide, as layers of graphs do."""
+    index = (x[:, 0] > 0).long()
+    sums = x.new_zeros((int(index.max()) + 1, *x.shape[1:])).index_add(0, index, x)
+    means = sums / index.bincount(minlength=sums.size(0)).clamp(min=1)[:, None]
+    return x * means[index].sum() + isinstance(index.max().item(), int) * means[0]
+
+
+def with_loops(m, x):
+    """Branch on sizes that values decide where the outcome is known for all of them."""
+    ends = torch.stack([x.argmax(1), x.argmin(1)])
+    ends = ends[:, ends[0] != ends[1]]
+    count = x.size(0)
+    ends = torch.cat([ends, torch.arange(count).repeat(2, 1)], 1)
+    if ends[0].numel() == 0:
+        return x
+    taken = x.index_select(0, ends[0] % count) * 2
+    assert taken.size(1) == 6
+    if taken.size(0) != ends[1].size(0) or taken.size(1) > 6:
+        return -x
+    return torch.zeros_like(x).index_add(0, ends[1] % count, taken)
+
+
+@pytest.mark.parametrize("forward", [counted, with_loops])
+def test_whole_numbers_that_values_decide_are_read_anew(forward):
+    check(Module(forward))
+
+
 def test_leaves_are_chosen_by_class_or_by_path():
     model = Module(lambda m, x: m.b(m.a(x)), a=nn.Sequential(nn.ReLU()), b=Module(chunked))
     graph = check(model)
@@ -557,7 +585,13 @@ BRANCHES = {
     "emptiness": lambda m, x: x if x[x > 0].numel() else -x,
     "random": lambda m, x: x if torch.rand(()) < 0.5 else -x,
     "written": lambda m, x: filled(torch.zeros(6, 2).double(), x).any() and x,
-    "filled": lambda m, x: x * torch.tensor(x.size(0)).item(),
+    "listed": lambda m, x: x * [1, 2, 3, 4, 5, 6][x[0].argmax().item()],
+    "repeated": lambda m, x: x * len([0] * int(x[0].argmax())),
+    "looped": lambda m, x: [x for _ in range(int(x[0].argmax()))],
+    "compared": lambda m, x: x if x.argmax().item() > 2 else -x,
+    "half": lambda m, x: x if (x > 0).nonzero().size(0) / 2 > 1.5 else -x,
+    "bits": lambda m, x: x * (int(x.argmax()) & 1),
+    "other sizes": lambda m, x: x if x[x > 0].size(0) == x[x > 1].size(0) else -x,
 }
 
 

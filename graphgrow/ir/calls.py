@@ -26,6 +26,7 @@ _READS = frozenset(
     "__bool__ __int__ __float__ __complex__ __index__ __contains__ item tolist numpy __array__ "
     "__dlpack__ is_nonzero equal allclose".split()
 )
+_WHOLE = frozenset({torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8})
 _RANDOM = ("rand", "bernoulli", "dropout", "normal", "uniform", "multinomial", "poisson")
 _UPDATES = ("batch_norm", "instance_norm")
 _SIZED_BY_VALUES = frozenset(
@@ -34,7 +35,7 @@ _SIZED_BY_VALUES = frozenset(
 )
 _SIZED_BY_FIRST = frozenset(
     "index_add index_put index_copy index_fill scatter scatter_add scatter_reduce "
-    "masked_scatter reshape_as view_as expand_as".split()
+    "masked_scatter".split()
 )
 _VIEWS = frozenset(
     "__getitem__ getitem chunk contiguous detach diagonal expand expand_as flatten movedim mT "
@@ -80,6 +81,12 @@ def reads_values(function: Callable[..., Any]) -> bool:
     return function.__name__ in _READS
 
 
+def gives_int(function: Callable[..., Any], args: tuple[Any, ...]) -> bool:
+    """Return whether `function` makes a Python int of a tensor of whole numbers."""
+    whole = isinstance(args[0], Tensor) and args[0].dtype in _WHOLE
+    return whole and function.__name__ in ("item", "__int__")
+
+
 def writes(name: str, kwargs: Mapping[str, Any]) -> bool:
     """Return whether a call of `name` with `kwargs` writes into one of its arguments."""
     in_place = name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
@@ -105,6 +112,11 @@ def _repeats_by_number(name: str, args: tuple[Any, ...], kwargs: Mapping[str, An
 def sized_by_first(name: str) -> bool:
     """Return whether the result of `name` has the size of its first argument alone."""
     return name.rstrip("_") in _SIZED_BY_FIRST
+
+
+def may_view(name: str) -> bool:
+    """Return whether a call of `name` may return a view of what it takes first."""
+    return name in _VIEWS
 
 
 def viewed(node: fx.Node) -> Iterator[fx.Node]:

@@ -1,4 +1,4 @@
-"""Seeing what torch's function modes do not show: modules, len, autograd functions, C++ code.
+"""Seeing what torch's function modes do not show: modules, len, int, autograd functions, C++ code.
 
 Code that asks torch whether it is being traced is told that it is, since what it then does is meant
 to hold for all inputs (transformers' masks do not look at their values then).
@@ -11,7 +11,8 @@ import functools
 import linecache
 import os
 import sys
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.modules import transformer
 
 from graphgrow.dispatch import Dispatch
+from graphgrow.ir.sizes import DataNumber, SizeNumber, plain
 
 _NOT_USERS = tuple(
     str(folder) + os.sep for folder in (Path(torch.__file__).parent, Path(__file__).parent.parent)
@@ -39,19 +41,28 @@ class Listener(Protocol):
         """Call `module` by `original` and return what it gives."""
         ...
 
+    def whole(self, number: Any) -> Any:
+        """Return the int of a tensor or of a number with a node, carrying a node."""
+        ...
+
+    def refuse_branch(self) -> None:
+        """Raise that a branch depends on a tensor's values."""
+        ...
+
     def apply(self, original: Callable[..., Any], function: type, args: Any, kwargs: Any) -> Any:
         """Call an autograd function by `original` and return what it gives."""
         ...
 
 
 @contextmanager
-def intercepted(listener: Listener) -> Iterator[None]:
+def intercepted(listener: Listener, asking: Sequence[dict[str, Any]] = ()) -> Iterator[None]:
     """Tell `listener` of calls while the block runs; everything is put back afterwards.
 
-    The patches are global, so the listener must tell its own thread from others.
+    The patches are global, so the listener must tell its own thread from others. `asking` are the
+    names of modules whose code asks for the `int` of a tensor.
     """
     call, length, tracing = nn.Module.__call__, builtins.len, vars(torch.jit)["is_tracing"]
-    is_causal = transformer._detect_is_causal_mask
+    is_causal, range_ = transformer._detect_is_causal_mask, builtins.range
     apply = vars(torch.autograd.Function)["apply"]
 
     @functools.wraps(call)
@@ -76,6 +87,9 @@ def intercepted(listener: Listener) -> Iterator[None]:
         return bool(hint) if listener.listens() else is_causal(mask, hint, size)
 
     try:
+        for names in asking:
+            names["int"] = _heard_int(listener)
+        setattr(builtins, "range", _heard_range(listener, range_))  # noqa: B010
         transformer._detect_is_causal_mask = heard_is_causal
         nn.Module.__call__ = heard_call
         setattr(torch.autograd.Function, "apply", classmethod(heard_apply))  # noqa: B010
@@ -83,10 +97,63 @@ def intercepted(listener: Listener) -> Iterator[None]:
         setattr(torch.jit, "is_tracing", heard_question)  # noqa: B010
         yield
     finally:
-        nn.Module.__call__, builtins.len = call, length
+        nn.Module.__call__, builtins.len, builtins.range = call, length, range_
+        for names in asking:
+            del names["int"]
         setattr(torch.jit, "is_tracing", tracing)  # noqa: B010
         transformer._detect_is_causal_mask = is_causal
         setattr(torch.autograd.Function, "apply", apply)  # noqa: B010
+
+
+class _StandIn(type):
+    """The class of what stands in for a builtin class: isinstance and == take it for that."""
+
+    builtin: type
+
+    def __new__(cls, name: str, bases: Any, names: Any, builtin: type) -> Any:
+        return super().__new__(cls, name, bases, {**names, "builtin": builtin})
+
+    def __init__(cls, name: str, bases: Any, names: Any, builtin: type) -> None:
+        super().__init__(name, bases, names)
+
+    def __getattr__(cls, name: str) -> Any:
+        return getattr(cls.builtin, name)
+
+    def __instancecheck__(cls, value: Any) -> bool:
+        return isinstance(value, cls.builtin)
+
+    def __subclasscheck__(cls, kind: Any) -> bool:
+        return issubclass(kind, cls.builtin)
+
+    def __eq__(cls, other: object) -> bool:
+        return other is cls or other is cls.builtin
+
+    def __hash__(cls) -> int:
+        return hash(cls.builtin)
+
+
+def _heard_int(listener: Listener) -> type:
+    """Return what stands in for int, which makes bare ints of whatever Tensor.__int__ returns."""
+
+    class Heard(metaclass=_StandIn, builtin=int):
+        def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+            if args and isinstance(args[0], Tensor | SizeNumber) and listener.listens():
+                return listener.whole(args[0])
+            return int(*args, **kwargs)
+
+    return Heard
+
+
+def _heard_range(listener: Listener, builtin: type[range]) -> type:
+    """Return what stands in for range, where no number may be that tensor values decide."""
+
+    class Heard(metaclass=_StandIn, builtin=builtin):
+        def __new__(cls, *args: Any) -> Any:
+            if any(isinstance(arg, DataNumber) for arg in args):
+                listener.refuse_branch()
+            return builtin(*map(plain, args))
+
+    return Heard
 
 
 class HiddenCalls(Dispatch):
@@ -115,6 +182,14 @@ def user_frame() -> FrameType:
 def place_of(frame: FrameType) -> str:
     """Return file and line that `frame` is at."""
     return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
+
+
+def place_of_error(error: BaseException) -> str:
+    """Return file and line of the innermost code outside torch and graphgrow that raised it."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    users = [f for f in frames if not f[0].f_code.co_filename.startswith(_NOT_USERS)]
+    frame, line = (users or frames)[-1]
+    return f"{Path(frame.f_code.co_filename).name}:{line}"
 
 
 def asserts(frame: FrameType) -> bool:

@@ -412,7 +412,7 @@ def gather(c: Call) -> Outcome:
 
 
 def scatter(c: Call) -> Outcome:
-    """Write to listed positions of one dim; the other dims stay where all of them are written."""
+    """Write or add to listed positions of one dim; the others stay where all are written."""
     x, d, written = c.args[0], c.args[1] % max(c.args[0].dim(), 1), c.tensors()[1:]
     for tensor in written:
         for k, parts in enumerate(c.of(tensor)):
@@ -421,6 +421,32 @@ def scatter(c: Call) -> Outcome:
                 freeze(c.of(x)[k], "is indexed by a tensor")
             else:
                 unify(parts, c.of(x)[k])
+    return same(c)
+
+
+def index_add(c: Call) -> Outcome:
+    """Write or add whole rows to listed positions of one dim; the other dims stay."""
+    x, d, rows = c.args[0], c.args[1] % max(c.args[0].dim(), 1), c.args[3]
+    _freeze_indices(c, c.args[2])
+    if x.dim() and rows.dim() == x.dim():
+        freeze(c.of(x)[d], "is indexed by a tensor")
+        freeze(c.of(rows)[d], "lists positions of another tensor")
+        for k, parts in enumerate(c.of(rows)):
+            if k != d:
+                unify(parts, c.of(x)[k])
+    return same(c)
+
+
+def index_put(c: Call) -> Outcome:
+    """Write values where some dims are indexed by tensors; the other dims stay."""
+    x, values = c.args[0], c.args[2]
+    shape = x[tuple(slice(None) if i is None else i for i in c.args[1])]
+    places = index(replace(c, outs=[shape])).outs[0]
+    for parts, place in zip(reversed(c.of(values)), reversed(places), strict=False):
+        if layout.size_of(parts) == layout.size_of(place):
+            unify(parts, place)
+        else:
+            freeze(parts, layout.ONE_ONLY)
     return same(c)
 
 
@@ -898,6 +924,12 @@ ROWS: dict[Any, Row] = _table(
     (REDUCE, "amax amin max min"),
     (Row(reduce, Kind.SEPARATE, "zero", True), "std"),
     (Row(scatter, Kind.SEPARATE), "scatter"),
+    (Row(scatter, Kind.SEPARATE, "zero", True), "scatter_add"),
+    (Row(scatter, Kind.SEPARATE, "zero"), "scatter_reduce"),
+    (Row(index_add, Kind.SEPARATE, "zero", True), "index_add"),
+    (Row(index_add, Kind.SEPARATE, "zero"), "index_reduce"),
+    (Row(index_add, Kind.SEPARATE, "any", True), "index_copy"),
+    (Row(index_put, Kind.SEPARATE, "zero", True), "index_put"),
     (Row(norm, Kind.SUM, "zero", True), "linalg_vector_norm norm"),
     (Row(reduce, Kind.SEPARATE, "zero"), "var prod"),
     (Row(reduce, Kind.SEPARATE), "any all argmax argmin logsumexp var_mean std_mean median"),

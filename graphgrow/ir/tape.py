@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from graphgrow.errors import UnsupportedOp
 from graphgrow.ir import calls
+from graphgrow.ir.data_sizes import DataSizes
 from graphgrow.ir.sizes import SizeNumber
 
 
@@ -30,7 +31,7 @@ class Tape:
         self.graph = fx.Graph()
         self.where = [""]  # the paths of the modules whose forwards are running
         self.refusal: UnsupportedOp | None = None  # kept, since the model's code may catch it
-        self.sized_by_values: set[fx.Node] = set()
+        self.data_sizes = DataSizes(self.node_of)
         self._title, self._name_of = title, name_of
         self._nodes: dict[int, tuple[Tensor, fx.Node]] = {}  # keeps tensors alive: ids stay unique
         self._cuts: dict[fx.Node, fx.Node] = {}  # what no_grad code reads instead of a node
@@ -111,12 +112,12 @@ class Tape:
         for key, part in _parts(value):
             if has_tensors(part):
                 take = getattr if _is_object(value) else operator.getitem
-                self.bind(part, self._part_of(node, take, key))
+                item = self._part_of(node, take, key)
+                self.data_sizes.note_part(node, item, part)
+                self.bind(part, item)
 
     def _part_of(self, node: fx.Node, take: Callable[..., Any], key: Any) -> fx.Node:
         item = self.add("call_function", take, (node, key))
-        if node in self.sized_by_values:
-            self.sized_by_values.add(item)
         if self._cuts.get(node) is node:
             self.cut_off(item)
         return item
@@ -161,17 +162,6 @@ class Tape:
 
     # What depends on values
 
-    def note_sizes(self, node: fx.Node, args: Any, kwargs: Any) -> None:
-        """Remember whether the size of what `node` gives depends on the values of tensors."""
-        name = calls.name_of(node)
-        sources = node.all_input_nodes
-        if calls.sized_by_first(name) or calls.writes(name, node.kwargs):
-            sources = sources[:1]
-        if calls.sized_by_values(name, args, kwargs) or not self.sized_by_values.isdisjoint(
-            sources
-        ):
-            self.sized_by_values.add(node)
-
     def note_write(self, node: fx.Node) -> None:
         """Remember that `node` changes its first input, and what that input is a view of."""
         for changed in calls.viewed(node):
@@ -184,7 +174,7 @@ class Tape:
         seen, left = {node}, [node]
         while left:
             node = left.pop()
-            is_size = calls.gives_size(node) and node.args[0] not in self.sized_by_values
+            is_size = calls.gives_size(node) and not self.data_sizes.of(node.args[0])
             if calls.gives_device(node) or (is_size and but_for_sizes):
                 continue
             stored = node.op == "get_attr" and not str(node.target).startswith("_constant")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,10 +18,11 @@ from graphgrow.errors import UnsupportedOp
 from graphgrow.ir.admit import admit, duplicate
 from graphgrow.ir.assemble import is_torch_leaf, tensors
 from graphgrow.ir.graph import Graph
-from graphgrow.ir.intercept import HiddenCalls, place_of, user_frame
+from graphgrow.ir.intercept import HiddenCalls, place_of, place_of_error, user_frame
 from graphgrow.ir.modes import join
 from graphgrow.ir.names import Names
-from graphgrow.ir.record import Recorder
+from graphgrow.ir.record import Recorder, depends
+from graphgrow.ir.sizes import took_bare
 from graphgrow.ir.tape import Tape, has_tensors
 
 
@@ -148,10 +150,19 @@ def _record(
     names: Names,
 ) -> fx.Graph:
     """Return the graph of one run in the given mode."""
-    graph, has_strangers = _run(model, training, leaves, inputs, names, watched=False)
-    if has_strangers:  # constants, unless made by operators that no recorded call ran
-        _run(model, training, leaves, inputs, names, watched=True)
-    return graph
+    asking: list[dict[str, Any]] = []
+    known = 0
+    while True:
+        try:
+            run = functools.partial(_run, model, training, leaves, inputs, names, asking)
+            graph, has_strangers = run(watched=False)
+            if has_strangers:  # constants, unless made by operators that no recorded call ran
+                run(watched=True)
+            return graph
+        except UnsupportedOp:
+            if len(asking) == known:
+                raise
+            known = len(asking)
 
 
 def _run(
@@ -160,6 +171,7 @@ def _run(
     leaves: frozenset[str],
     inputs: inspect.BoundArguments,
     names: Names,
+    asking: list[dict[str, Any]],
     *,
     watched: bool,
 ) -> tuple[fx.Graph, bool]:
@@ -183,7 +195,7 @@ def _run(
 
     paths = {id(module): path for path, module in copied.named_modules()}
     tape = Tape(title, name_of)
-    recorder = Recorder(tape, paths, leaves)
+    recorder = Recorder(tape, paths, leaves, asking)
     named = _arguments(values)
     for (name, value), default in zip(named, _defaults(named), strict=True):
         tape.placeholder(name, value, default)
@@ -212,6 +224,8 @@ def _explained(
     if tape.refusal is not None:
         return tape.refusal
     where = recorder.failed or title
+    if took_bare(error):
+        return UnsupportedOp(f"cannot trace {where!r}: {depends(place_of_error(error))}")
     mode = "train" if training else "eval"
     fact = str(error).strip().partition("\n")[0]
     return UnsupportedOp(
