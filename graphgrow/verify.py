@@ -116,7 +116,16 @@ _DOUBLE = {
 
 
 class _Double(Dispatch):
-    """Within it, what code asks for in lower precision is in double precision."""
+    """Within it, what code asks for in lower precision, or in none, is in double precision."""
+
+    def __enter__(self) -> _Double:
+        self._usual = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)
+        return super().__enter__()
+
+    def __exit__(self, *raised: Any) -> None:
+        torch.set_default_dtype(self._usual)
+        super().__exit__(*raised)
 
     def __torch_dispatch__(
         self,

@@ -1338,3 +1338,87 @@ class QuadraticForm(nn.Module):
     def forward(self, x):
         x = self.a(x).tanh()
         return self.o(self.b(x, x))
+
+
+def ring(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return from which row to which each edge of a graph goes; the rows are its nodes."""
+    source = torch.arange(x.size(0)).repeat(2)
+    return source, (source * 3 + 1) % x.size(0)
+
+
+@case((5, 3), "a(6) b(4)")
+class MessagePassing(nn.Module):
+    """Rows get the sums of others' rows, by a list of edges, divided by how many they are."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(3, 6)
+        self.b = nn.Linear(6, 4)
+        self.o = nn.Linear(4, 2)
+
+    def summed(self, x):
+        source, target = ring(x)
+        messages = x.index_select(0, source)
+        index = target.view(-1, 1).expand_as(messages)
+        sums = x.new_zeros(x.size(0), messages.size(1)).scatter_add_(0, index, messages)
+        degree = torch.zeros(x.size(0)).index_add(0, target, torch.ones(target.size(0)))
+        return sums / degree.clamp(min=1)[:, None]
+
+    def forward(self, x):
+        return self.o(self.summed(self.b(self.summed(self.a(x)).tanh()).tanh()))
+
+
+@case((5, 3), "v[0](2) v[1](4)")
+class GraphAttention(nn.Module):
+    """Heads weigh messages by a softmax over those that go to one target."""
+
+    def __init__(self):
+        super().__init__()
+        self.v = nn.Linear(3, 8)
+        self.into = nn.Parameter(torch.randn(1, 2, 4))
+        self.by = nn.Parameter(torch.randn(1, 2, 4))
+        self.o = nn.Linear(8, 2)
+
+    def forward(self, x):
+        source, target = ring(x)
+        v = self.v(x).view(-1, 2, 4)
+        score = (v * self.by).sum(-1)[source] + (v * self.into).sum(-1)[target]
+        score = F.leaky_relu(score, 0.2)
+        index = target.view(-1, 1).expand_as(score)
+        none = score.new_zeros((x.size(0), score.size(1)))
+        top = none.scatter_reduce(0, index, score.detach(), "amax", include_self=False)
+        score = (score - top.index_select(0, target)).exp()
+        score = score / none.scatter_add(0, index, score)[target]
+        out = torch.zeros_like(v).index_add(0, target, v[source] * score[..., None])
+        return self.o(out.flatten(1))
+
+
+@case((5, 3), "a(6)")
+class Readout(nn.Module):
+    """Rows are summed by a class of theirs; how many classes there are is read off them."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(3, 6)
+        self.o = nn.Linear(6, 2)
+
+    def forward(self, x):
+        kind = (x[:, 0] > 0).long()
+        h = self.a(x).relu()
+        sums = h.new_zeros((int(kind.max()) + 1, h.size(1))).index_add(0, kind, h)
+        return self.o(h + sums[kind])
+
+
+@case((5, 3), "a(6)")
+class MaskedRows(nn.Module):
+    """Rows that a mask picks are written anew."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(3, 6)
+        self.o = nn.Linear(6, 2)
+
+    def forward(self, x):
+        h = self.a(x)
+        h[x[:, 0] > 0] = h[0] * 2
+        return self.o(h)

@@ -363,6 +363,47 @@ def scattered(draw: st.DrawFn, name: str) -> Sample:
     return Sample(overload(name, "src"), (Entry(shape), dim, index, Entry(sizes)), resizable=True)
 
 
+def added(draw: st.DrawFn, name: str) -> Sample:
+    """Entries added to, or reduced at, listed positions."""
+    shape, dim = shape_and_dim(draw)
+    sizes = tuple(draw(st.sampled_from([n, n, draw(st.integers(1, n))])) for n in shape)
+    x, index, values = Entry(shape), Entry(sizes, "whole", shape[dim]), Entry(sizes)
+    if name == "scatter_add":
+        return Sample(overload(name), (x, dim, index, values), resizable=True)
+    how = draw(st.sampled_from(["sum", "prod", "mean", "amax", "amin"]))
+    kwargs = {"include_self": draw(st.booleans())}
+    return Sample(overload(name, "two"), (x, dim, index, values, how), kwargs, resizable=True)
+
+
+def rows_added(draw: st.DrawFn, name: str) -> Sample:
+    shape, dim = shape_and_dim(draw)
+    count = draw(st.integers(1, shape[dim] if name == "index_copy" else 4))
+    sizes = list(shape)
+    sizes[dim] = count
+    args = (Entry(shape), dim, Entry((count,), "whole", shape[dim]), Entry(tuple(sizes)))
+    if name == "index_reduce":
+        args = (*args, draw(st.sampled_from(["prod", "mean", "amax", "amin"])))
+        return Sample(overload(name), args, {"include_self": draw(st.booleans())}, resizable=True)
+    return Sample(overload(name), args, resizable=True)
+
+
+def put(draw: st.DrawFn, name: str) -> Sample:
+    """Values written, or added, to what `index` would read."""
+    sample = indexed(draw, "index")
+    x, indices = sample.args
+    shape = torch.zeros(x.shape)[
+        tuple(slice(None) if i is None else i.numbers(torch.Generator()) for i in indices)
+    ].shape
+    is_mask = any(i is not None and i.kind == "truth" for i in indices)
+    values = Entry(() if is_mask else narrowed(draw, tuple(shape)))
+    return Sample(overload(name), (x, indices, values, draw(st.booleans())))
+
+
+def positions(draw: st.DrawFn, name: str) -> Sample:
+    shape = (draw(st.integers(1, 5)),) if name == "bincount" else draw(shapes(1, 3))
+    return Sample(overload(name), (Entry(shape, "whole", 2),))
+
+
 def packed(draw: st.DrawFn, name: str) -> Sample:
     shape, batch_first = draw(shapes(3, 4)), draw(st.booleans())
     lengths = Entry((shape[not batch_first],), "lengths", shape[batch_first])
@@ -714,6 +755,10 @@ SAMPLES: dict[Build, str] = {
     selected: "index_select",
     listed: "gather",
     scattered: "scatter",
+    added: "scatter_add scatter_reduce",
+    rows_added: "index_add index_reduce index_copy",
+    put: "index_put",
+    positions: "nonzero bincount",
     packed: "_pack_padded_sequence",
     read: "_local_scalar_dense",
     restrided: "as_strided",
@@ -1301,6 +1346,22 @@ SAID: tuple[tuple[torch._ops.OpOverload, tuple[Any, ...], str], ...] = (
         aten.scatter.value,
         (t(2, 5, 4), 1, t(2, 3, 4, kind="whole"), 0.0),
         "a b! c, a d! c -> a b! c",
+    ),
+    (
+        aten.scatter_add.default,
+        (t(2, 5, 4), 1, t(2, 3, 4, kind="whole"), t(2, 3, 4)),
+        "a b! c, a d! c, a e! c -> a b! c",
+    ),
+    (aten.nonzero.default, (t(2, 3),), "a! b! -> c! d!"),
+    (
+        aten.index_add.default,
+        (t(2, 5, 4), 1, t(3, kind="whole"), t(2, 3, 4)),
+        "a b! c, d!, a e! c -> a b! c",
+    ),
+    (
+        aten.index_put.default,
+        (t(2, 5, 4), [None, t(3, kind="whole")], t(3, 4)),
+        "a b! c, d!, e! c -> a b! c",
     ),
     (
         aten._pack_padded_sequence.default,

@@ -424,6 +424,13 @@ def scatter(c: Call) -> Outcome:
     return same(c)
 
 
+def found(c: Call) -> Outcome:
+    """List the positions of entries that are not zero."""
+    for parts in c.of(c.args[0]):
+        freeze(parts, "lists positions of another tensor")
+    return Outcome([_frozen(out) for out in c.outs])
+
+
 def index_add(c: Call) -> Outcome:
     """Write or add whole rows to listed positions of one dim; the other dims stay."""
     x, d, rows = c.args[0], c.args[1] % max(c.args[0].dim(), 1), c.args[3]
@@ -895,6 +902,7 @@ ROWS: dict[Any, Row] = _table(
     (Row(index, **MOVE), "index _unsafe_index"),
     (Row(index_select, **MOVE), "index_select"),
     (Row(gather, **MOVE), "gather"),
+    (Row(found, Kind.SEPARATE), "nonzero bincount"),
     (Row(pack, **MOVE), "_pack_padded_sequence"),
     (Row(pixel_shuffle, **MOVE), "pixel_shuffle"),
     (Row(pixel_unshuffle, **MOVE), "pixel_unshuffle"),
@@ -929,7 +937,7 @@ ROWS: dict[Any, Row] = _table(
     (Row(index_add, Kind.SEPARATE, "zero", True), "index_add"),
     (Row(index_add, Kind.SEPARATE, "zero"), "index_reduce"),
     (Row(index_add, Kind.SEPARATE, "any", True), "index_copy"),
-    (Row(index_put, Kind.SEPARATE, "zero", True), "index_put"),
+    (Row(index_put, Kind.SEPARATE), "index_put"),
     (Row(norm, Kind.SUM, "zero", True), "linalg_vector_norm norm"),
     (Row(reduce, Kind.SEPARATE, "zero"), "var prod"),
     (Row(reduce, Kind.SEPARATE), "any all argmax argmin logsumexp var_mean std_mean median"),

@@ -10,7 +10,7 @@ that; removal makes it so.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -40,6 +40,7 @@ class Content:
     like: np.ndarray
     scale: np.ndarray
     slope: np.ndarray
+    uniform: bool = False
 
     def constant(self) -> np.ndarray:
         """Return which units hold a constant."""
@@ -282,12 +283,19 @@ class Follower:
         return (gap <= 8 * eps * size).reshape(len(new), -1).all(1).numpy()
 
     def _joined(self, contents: list[Content]) -> Content:
-        """Return what holds in all of several tensors."""
-        first = contents[0]
+        """Return what holds in all of several tensors.
+
+        A copy stays one beside numbers that are the same for all units, a mean beside zeros.
+        """
+        first, *others = sorted(contents, key=lambda c: c.uniform)
         same = np.ones(len(self.new), dtype=bool)
         slope = first.slope
-        for other in contents[1:]:
-            same &= (other.like == first.like) & (other.scale == first.scale)
+        for other in others:
+            alike = (other.like == first.like) & (other.scale == first.scale)
+            if other.uniform:
+                alike |= (first.like >= 0) & (first.scale == 1)
+                alike |= ~first.constant() & other.zero()
+            same &= alike
             slope = np.where(slope == 0, other.slope, slope)
         return Content(
             self.new, np.where(same, first.like, self.new), np.where(same, first.scale, 1.0), slope
@@ -318,7 +326,8 @@ class Follower:
             return self._masked(np.zeros(len(self.new), dtype=bool) | zero, 0.0)
         if value is None:
             return self.arbitrary()
-        return self._masked(np.ones(len(self.new), dtype=bool), value, slope=0.0)
+        filled = self._masked(np.ones(len(self.new), dtype=bool), value, slope=0.0)
+        return replace(filled, uniform=True)
 
     def _masked(
         self, constant: np.ndarray, value: float | np.ndarray, slope: float = 1.0
@@ -379,9 +388,10 @@ class Follower:
                 self._parts[number] = found
 
     def _kept(self, step: Step) -> Content:
-        held = [self.content(step.inputs[s]) for s in self._carrying(step)]
+        slots = [s for s in self._carrying(step) if not self._lists_alike(step, s)]
+        held = [self.content(step.inputs[s]) for s in slots]
         if not held:
-            return self.arbitrary()
+            return replace(self.arbitrary(), uniform=step.func.overloadpacket is aten.expand)
         joined, row = self._joined(held), step.row
         if _draws(step):
             return self.arbitrary()
@@ -397,7 +407,15 @@ class Follower:
             np.where(lost, self.new, joined.like),
             np.where(lost, 1.0, joined.scale),
             joined.slope,
+            row.kind is Kind.MOVE and all(c.uniform for c in held),
         )
+
+    def _lists_alike(self, step: Step, slot: int) -> bool:
+        """Return whether an input lists positions, the same for all units."""
+        names = [a.name for a in step.func._schema.arguments]
+        at = names.index("index") if "index" in names else len(step.args)
+        given = step.args[at] if at < len(step.args) else None
+        return given == Slot(slot) and self.content(step.inputs[slot]).uniform
 
     def _sum(self, step: Step) -> Content | None:
         content = self.content(step.inputs[0])
@@ -547,17 +565,22 @@ class Follower:
         value, slope = np.full(len(self.new), np.nan), np.ones(len(self.new))
         if not constant.any():
             return value, slope
-        leaves: list[Tensor] = []
+        leaves: dict[int, Tensor] = {}
+        masks = _masks(step)
 
         def operand(a: object) -> object:
             if not isinstance(a, Slot):
                 return a
-            if a.number in contents:
-                made = torch.from_numpy(contents[a.number].scale[constant]).requires_grad_()
-                if self._source(step, a.number) is None:
-                    leaves.append(made)
-                return made * 1
-            return self._single(step, a.number)
+            if a.number not in contents:
+                single = self._single(step, a.number)
+                return single if single is None or a.number not in masks else single != 0
+            made = torch.from_numpy(contents[a.number].scale[constant])
+            if a.number in masks:
+                return made != 0
+            made.requires_grad_()
+            if self._source(step, a.number) is None:
+                leaves[a.number] = made
+            return made * 1
 
         args, kwargs = tree_map(operand, (step.args, dict(step.kwargs)))
         if any(a is None and isinstance(b, Slot) for a, b in zip(args, step.args, strict=True)):
@@ -565,14 +588,13 @@ class Follower:
         with torch.enable_grad():
             result = step.func(*args, **kwargs)
             grads = (
-                torch.autograd.grad(result.sum(), leaves, allow_unused=True)
+                torch.autograd.grad(result.sum(), list(leaves.values()), allow_unused=True)
                 if (leaves and result.requires_grad)
                 else ()
             )
         value[constant] = result.detach().numpy()
         moved = np.zeros(int(constant.sum()))
-        slots = [s for s in contents if self._source(step, s) is None]
-        for slot, grad in zip(slots, grads, strict=False):
+        for slot, grad in zip(leaves, grads, strict=False):
             if grad is not None:
                 moved = moved + grad.numpy() * contents[slot].slope[constant]
         slope[constant] = moved
@@ -843,6 +865,7 @@ _QUOTIENTS = {aten.div, aten.div_}
 _LINEAR = {aten.neg, *SUMS}
 # sums over positions, of which the mean over units is the mean over units of the sums
 _AVERAGES = {aten.mean, aten.sum, aten._adaptive_avg_pool2d, aten.avg_pool2d}
+_AVERAGES |= {aten.scatter_add, aten.scatter_add_, aten.index_add, aten.index_add_}
 
 
 # norms whose statistics go over the units at one place, and nothing else
@@ -873,6 +896,16 @@ def _close(a: Tensor, b: Tensor, eps: float) -> bool:
     if eps == 0:
         return torch.equal(a, b)
     return bool((a - b).abs().max() <= 8 * eps * max(float(a.abs().max()), 1e-300))
+
+
+def _masks(step: Step) -> set[int]:
+    """Return the numbers of the inputs that must be truth values."""
+    names = [given.name for given in step.func._schema.arguments]
+    return {
+        given.number
+        for name, given in zip(names, step.args, strict=False)
+        if name in ("mask", "condition") and isinstance(given, Slot)
+    }
 
 
 def _uses_batch(step: Step) -> bool:
