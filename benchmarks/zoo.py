@@ -1,4 +1,4 @@
-"""Models of four libraries, whole: what traces, which axes widen, why others can't, how exactly.
+"""Models of six libraries, whole: what traces, which axes widen, why others can't, how exactly.
 
     python benchmarks/zoo.py [PATTERN ...] [--alone N] [--cache FILE] [--table FILE] [--again]
 
@@ -6,7 +6,8 @@ Runs each model whose name matches a pattern (`timm/*`, `*/resnet*`; left out, a
 the cache yet, in a process of its own, with random weights, stirred as by training, and small
 inputs, in float64; then writes the table of all that is in the cache. `--again` runs what is in the
 cache once more, `--only-table` nothing. A run that was stopped goes on where it was. Needs
-torchvision, timm and transformers (requirements/zoo.txt); the largest models need some 20 GB.
+torchvision, timm, transformers, segmentation_models_pytorch and torch_geometric
+(requirements/zoo.txt); the largest models need some 20 GB.
 
 Of each model: every axis without an obstacle is widened by the smallest prime from 3 on that
 divides no width in it, all of them at once, and up to N of them each alone (1000); where that is
@@ -48,6 +49,7 @@ import vision
 import graphgrow as gg
 
 ALONE, ZEROS, LAYERS = 1000, 3, 5
+LIBRARIES = ("timm", "transformers", "segmentation_models_pytorch", "torch_geometric")
 ROUNDED = 1e-10  # a difference above which it is asked what rounding alone does
 SETTLE = 50  # passes in train mode that make running statistics those of the weights
 MOST = 8  # times the parameters of a model, above which an axis is widened alone
@@ -71,7 +73,7 @@ def main() -> None:
     options = parser.parse_args()
     with vision.silenced():
         names = list(architectures.architectures())
-        for library in ("timm", "transformers"):  # once, not in each process
+        for library in LIBRARIES:  # once, not in each process
             importlib.import_module(library)
     cached = read(options.cache)
     order = random.Random(0).sample(names, len(names))  # so that half a run is a fair sample
@@ -374,8 +376,9 @@ inserted at up to {layers} places.
 
 *of the possible*: widened by the prime or by copies, without the axes whose sentence below has
 no number in *possible*: sizes of inputs and outputs, places in space and time, tables by place,
-dims of one, and what a softmax goes over, where a new unit would take its share. Axes that norms or
-dropout keep from growing count as possible, although some of them are not.
+dims of one, tensors that are never read, and what a softmax goes over, where a new unit would take
+its share. Axes that norms or dropout keep from growing count as possible, although some of them are
+not.
 
 *widened*: axes, of all, and by copies; *alone*: of these, each by itself; *zeros*: zero units put
 in and removed;
@@ -460,7 +463,7 @@ def sums(results: list[Found]) -> str:
 
 
 # Axes that cannot grow in any way that keeps the function: sizes of inputs and outputs, places in
-# space and time and what is listed by them, dims of one, tables that nothing learns, and what a
+# space and time and what is listed by them, dims of one, what no one reads or learns, and what a
 # softmax goes over, of which a finite new one would take its share. All others count as possible.
 NEVER = (
     "is fixed by dim",
@@ -477,6 +480,7 @@ NEVER = (
     "is the side of a block",
     "is padding",
     "is a size computed",
+    "is of a tensor that the model does not read",
     "has width one",
     "goes into 'softmax'",
     "goes into 'log_softmax'",

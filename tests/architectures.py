@@ -169,8 +169,8 @@ def _text() -> dict[str, Any]:
     return {"input_ids": _ids(), "attention_mask": torch.ones(2, 10, dtype=torch.long)}
 
 
-def _image() -> Tensor:
-    return torch.randn(2, 3, 64, 64, dtype=torch.double)
+def _image(size: int = 64) -> Tensor:
+    return torch.randn(2, 3, size, size, dtype=torch.double)
 
 
 _READS: dict[str, Callable[[], Inputs]] = {
@@ -277,7 +277,7 @@ def segmentation_model(name: str) -> tuple[nn.Module, Inputs]:
     decoder, _, encoder = name.partition("-")
     stated = {"img_size": 64, "dynamic_img_size": False} if decoder == "dpt" else {}
     model = library.create_model(decoder, encoder, None, classes=5, **stated).double()
-    return model, {_first_argument(model): _image()}
+    return model, {_first_argument(model): _image(128 if decoder == "pan" else 64)}
 
 
 # --------------------------------------------------------------------------- torch_geometric

@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from graphgrow.errors import UnsupportedOp
 from graphgrow.ir.assemble import assemble
 from graphgrow.ir.graph import Graph
+from graphgrow.ir.sizes import DataNumber
 from graphgrow.ir.trace import trace
 
 
@@ -361,6 +362,101 @@ def with_loops(m, x):
 @pytest.mark.parametrize("forward", [counted, with_loops])
 def test_whole_numbers_that_values_decide_are_read_anew(forward):
     check(Module(forward))
+
+
+def zeros_of(x: Tensor) -> Tensor:
+    return x[:, 0].mul(0).long()
+
+
+LAYER = "a layer"
+# what becomes of rows that a mask picks from x
+SIZED = {
+    "unsqueeze": lambda k, x: k.unsqueeze(-1),
+    "none": lambda k, x: k[None, :, None],
+    "column": lambda k, x: k[:, 1],
+    "ends": lambda k, x: k[..., 1:],
+    "later rows": lambda k, x: k[1:],
+    "sum": lambda k, x: k.sum(1),
+    "sum of rows": lambda k, x: k.sum(0),
+    "sum kept": lambda k, x: k.sum(-1, keepdim=True),
+    "mean": lambda k, x: k.mean((0,)),
+    "transpose": lambda k, x: k.t(),
+    "permute": lambda k, x: k[:, :, None].permute(2, 1, 0),
+    "product": lambda k, x: k @ k.t(),
+    "square": lambda k, x: k.t() @ k,
+    "outer": lambda k, x: torch.outer(k[:, 0], k[:, 0]),
+    "pairs": lambda k, x: k[:, None] * k[None],
+    "cat": lambda k, x: torch.cat([x, k]),
+    "cat of columns": lambda k, x: torch.cat([k, k], 1),
+    "stack": lambda k, x: torch.stack([k, k], 1),
+    "stack last": lambda k, x: torch.stack([k, k], -1),
+    "flat": lambda k, x: k.flatten(),
+    "view": lambda k, x: k.view(-1, 2, 3),
+    "reshape": lambda k, x: k.reshape(2, k.size(0), -1),
+    "linear": lambda k, x: F.linear(k, x),
+    "bilinear": lambda k, x: F.linear(x, k),
+    "layer": LAYER,
+    "selected": lambda k, x: x.index_select(0, zeros_of(k)),
+    "selected from it": lambda k, x: k.index_select(0, zeros_of(x)),
+    "selected columns": lambda k, x: k.index_select(1, zeros_of(x)),
+    "taken": lambda k, x: x[zeros_of(k)],
+    "taken twice": lambda k, x: x[:, zeros_of(k)][zeros_of(k)],
+    "taken by two": lambda k, x: x[zeros_of(k), zeros_of(k)],
+    "masked": lambda k, x: x[:, x.sum(0) > 0],
+    "like": lambda k, x: torch.zeros_like(k),
+    "new": lambda k, x: k.new_zeros(k.size(0), 3),
+    "new of one": lambda k, x: k.new_zeros((3, k.size(1))),
+    "zeros": lambda k, x: torch.zeros(2, k.size(0) + 1),
+    "expanded": lambda k, x: x[0].expand(k.size(0), 6),
+    "expanded as": lambda k, x: x[:1].expand_as(k),
+    "arange": lambda k, x: torch.arange(k.size(0)),
+    "longer arange": lambda k, x: torch.arange(1, k.size(0) * 2),
+    "repeated": lambda k, x: x.repeat(k.size(0), 1),
+    "tiled": lambda k, x: k.repeat(2, 1),
+    "softmax": lambda k, x: k.softmax(0),
+    "sorted": lambda k, x: k.sort(0)[1],
+    "largest": lambda k, x: k.max(1)[0],
+    "largest rows": lambda k, x: k.max(0).values,
+    "unbind": lambda k, x: k.unbind(1)[0],
+    "split": lambda k, x: k.split(2, 1)[0],
+    "nonzero": lambda k, x: k.nonzero(),
+    "added": lambda k, x: x.index_add(0, zeros_of(k), k),
+    "filled": lambda k, x: k.masked_fill(k > 0, 1.0),
+    "first rows": lambda k, x: x[: k.size(0)],
+    "narrow": lambda k, x: x.narrow(0, 0, k.size(0)),
+    "gathered": lambda k, x: x.gather(0, k.mul(0).long()),
+    "padded": lambda k, x: F.pad(k, (1, 1)),
+    "differences": lambda k, x: k.diff(dim=0),
+    "one hot": lambda k, x: F.one_hot(zeros_of(k), 3),
+    "windows": lambda k, x: k.unfold(0, 1, 1),
+    "distances": lambda k, x: torch.cdist(k, x),
+    "mixed": lambda k, x: torch.einsum("ni,mi->mn", k, x),
+    "counted": lambda k, x: x.new_zeros(int((x > 0).sum()), 2),
+}
+
+
+@pytest.mark.parametrize("op", SIZED.values(), ids=SIZED)
+def test_sizes_that_values_change_are_known_to(op):
+    sizes: list[list[int]] = []
+
+    def forward(m, x):
+        kept = x[x[:, 0] > 0]
+        sizes.append(list((m.a(kept).relu() if op is LAYER else op(kept, x)).shape))
+        return x
+
+    generator = torch.Generator().manual_seed(0)
+    for kept in (1, 3, 6):  # of six rows, so that sizes agree by chance too
+        x = torch.randn(6, 6, generator=generator, dtype=torch.double).abs()
+        x[kept:] *= -1
+        model = Module(forward, a=nn.Linear(6, 2).double())
+        trace(model, x)
+        model(x)
+    *recorded, plain = zip(*[sizes[i : i + 3] for i in (0, 3, 6)], strict=True)
+    for train, eval_ in zip(*recorded, strict=True):
+        assert [type(n) for n in train] == [type(n) for n in eval_]
+    for d in range(len(plain[0])):
+        if len({shape[d] for shape in plain}) > 1:
+            assert all(isinstance(shape[d], DataNumber) for mode in recorded for shape in mode)
 
 
 def test_leaves_are_chosen_by_class_or_by_path():

@@ -112,7 +112,7 @@ def test_a_widened_resnet_is_still_torchvisions() -> None:
     assert gg.compare(model, mine, images).relative <= 1e-10
 
 
-# --------------------------------------------------------------------------- timm and transformers
+# --------------------------------------------------------------------------- other libraries
 
 # How many axes can be widened, at least.
 MORE = {
@@ -124,6 +124,19 @@ MORE = {
     "transformers/llama": 8,
     "transformers/t5": 13,
     "transformers/vit": 7,
+    "segmentation_models_pytorch/unet-resnet18": 22,
+    "segmentation_models_pytorch/fpn-mit_b0": 31,
+    "torch_geometric/gcn-jumping": 3,
+    "torch_geometric/gat": 4,
+    "torch_geometric/pna": 8,
+    "torch_geometric/attentivefp": 6,
+    "torch_geometric/gcn-sag": 2,
+}
+BUILD = {
+    "timm": architectures.timm_model,
+    "transformers": architectures.hugging_face,
+    "segmentation_models_pytorch": architectures.segmentation_model,
+    "torch_geometric": architectures.geometric_model,
 }
 
 
@@ -134,8 +147,7 @@ def built(name: str) -> tuple[nn.Module, architectures.Inputs]:
     pytest.importorskip(library, reason=f"{library} comes with requirements/zoo.txt")
     torch.manual_seed(0)
     with vision.silenced():
-        build = architectures.timm_model if library == "timm" else architectures.hugging_face
-        return build(short)
+        return BUILD[library](short)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -606,6 +606,8 @@ class _Settled:
 
         producers, consumers, carriers = of("producer"), of("consumer"), of("carrier")
         reason = atom.frozen
+        if reason is None and not any(self.roles[atom].values()):
+            reason = "is of a tensor that the model does not read"
         if reason is None and not self._learns(producers + carriers):
             reason = "is written by no parameter"
         if reason is None and name not in summed:

@@ -114,11 +114,6 @@ def sized_by_first(name: str) -> bool:
     return name.rstrip("_") in _SIZED_BY_FIRST
 
 
-def may_view(name: str) -> bool:
-    """Return whether a call of `name` may return a view of what it takes first."""
-    return name in _VIEWS
-
-
 def viewed(node: fx.Node) -> Iterator[fx.Node]:
     """Yield what `node` takes first, and if that may be a view, what it is a view of, and so on."""
     while node.all_input_nodes:

@@ -6,6 +6,7 @@ with one mark have one size. Where no rule says more, all dims of what is comput
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -22,6 +23,11 @@ _STATED = frozenset(  # calls that state the sizes of what they return, those of
 )
 _OF_A_TENSOR = frozenset({"view", "reshape", "expand", "broadcast_to"})
 _LIKE_SECOND = frozenset({"expand_as", "view_as", "reshape_as"})
+_SAME_SHAPE = frozenset(
+    "dropout softmax log_softmax cumsum cumprod sort zeros_like ones_like full_like empty_like "
+    "rand_like randn_like clone detach contiguous to double float long layer_norm batch_norm "
+    "LeakyReLU PReLU Dropout BatchNorm1d LayerNorm Identity".split()
+)
 _DROP = frozenset("sum mean amax amin prod std var any all argmax argmin unbind".split())
 
 
@@ -89,7 +95,9 @@ class DataSizes:
         dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
         x = tensors[0]
         if name in ("linear", "Linear"):
-            return {d: mark for d, mark in self._of(x).items() if d < x.dim() - 1}
+            rows = self._of(args[1]) if name == "linear" and len(args) > 1 else {}
+            last = {out.dim() - 1: rows[0]} if 0 in rows else {}
+            return {d: mark for d, mark in self._of(x).items() if d < x.dim() - 1} | last
         if name == "index_select":
             listed = self._of(args[2] if len(args) > 2 else kwargs["index"])
             return {**_without(self._of(x), {dim % x.dim()}), **_moved(listed, dim % x.dim())}
@@ -107,7 +115,7 @@ class DataSizes:
             return {kept.index(d): mark for d, mark in self._of(x).items() if d in kept}
         if name in _DROP and dropped and out.dim() == x.dim():
             return _without(self._of(x), dropped)
-        if not calls.may_view(name) and out.shape == _broadcast(tensors):
+        if _is_pointwise(name) and out.dim() == max(t.dim() for t in tensors):
             return self._aligned(out, tensors)
         return _every(out)
 
@@ -230,8 +238,13 @@ def _span(item: Any) -> int:
     return 0 if item is None or item is ... else 1
 
 
-def _broadcast(tensors: list[Tensor]) -> torch.Size | None:
-    try:
-        return torch.broadcast_shapes(*(t.shape for t in tensors))
-    except RuntimeError:
-        return None
+@functools.cache
+def _is_pointwise(name: str) -> bool:
+    """Return whether a call of `name` gives a tensor of the shape that its tensors broadcast to.
+
+    Those of `max` and `min` that do not have fewer dims.
+    """
+    plain = name.strip("_")
+    packets = (getattr(torch.ops.aten, n, None) for n in (plain, plain[1:], plain.lower()))
+    overloads = (getattr(p, o) for p in packets if p is not None for o in p.overloads())
+    return name in _SAME_SHAPE or any(torch.Tag.pointwise in o.tags for o in overloads)
