@@ -437,26 +437,25 @@ SIZED = {
 
 @pytest.mark.parametrize("op", SIZED.values(), ids=SIZED)
 def test_sizes_that_values_change_are_known_to(op):
-    sizes: list[list[int]] = []
+    sizes: dict[int, list[list[int]]] = {1: [], 3: [], 6: []}  # of six rows
 
     def forward(m, x):
         kept = x[x[:, 0] > 0]
-        sizes.append(list((m.a(kept).relu() if op is LAYER else op(kept, x)).shape))
+        sizes[count].append(list((m.a(kept).relu() if op is LAYER else op(kept, x)).shape))
         return x
 
     generator = torch.Generator().manual_seed(0)
-    for kept in (1, 3, 6):  # of six rows, so that sizes agree by chance too
+    for count in sizes:
         x = torch.randn(6, 6, generator=generator, dtype=torch.double).abs()
-        x[kept:] *= -1
+        x[count:] *= -1
         model = Module(forward, a=nn.Linear(6, 2).double())
         trace(model, x)
         model(x)
-    *recorded, plain = zip(*[sizes[i : i + 3] for i in (0, 3, 6)], strict=True)
-    for train, eval_ in zip(*recorded, strict=True):
-        assert [type(n) for n in train] == [type(n) for n in eval_]
+    plain = [shapes[-1] for shapes in sizes.values()]
     for d in range(len(plain[0])):
         if len({shape[d] for shape in plain}) > 1:
-            assert all(isinstance(shape[d], DataNumber) for mode in recorded for shape in mode)
+            recorded = [shape[d] for shapes in sizes.values() for shape in shapes[:-1]]
+            assert all(isinstance(size, DataNumber) for size in recorded)
 
 
 def test_leaves_are_chosen_by_class_or_by_path():
@@ -700,6 +699,17 @@ def test_a_branch_on_values_is_refused_with_its_line(forward):
         f"cannot trace 'router': the branch at test_trace.py:{line} depends on a tensor's value"
     )
     assert refusal(model, rows()).startswith(expected)
+
+
+def test_a_list_is_not_cut_at_a_number_that_values_decide():
+    def forward(m, x):
+        for factor in [1, 2, 3, 4, 5, 6][: int(x[0].argmax())]:
+            x = x * factor
+        return x
+
+    assert "its code takes a number that a tensor's values decide for a bare one" in refusal(
+        Module(forward), rows()
+    )
 
 
 def test_a_refusal_that_the_model_catches_still_refuses():

@@ -40,7 +40,7 @@ class DataSizes:
         self._calls: dict[fx.Node, tuple[str, Any, Any]] = {}
         self._filled: set[Any] = set()
 
-    def of(self, node: fx.Node) -> Marks:
+    def of(self, node: Any) -> Marks:
         """Return the mark of each dim of a node whose size tensor values decide."""
         return self._marks.get(node, {})
 

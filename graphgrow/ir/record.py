@@ -35,7 +35,8 @@ class Recorder(TorchFunctionMode):
 
     `paths` names the modules of the model by id; `leaves` are the paths to record as one node.
     `asking` are the names of modules whose code asks for the int of a tensor; where others do, they
-    join these, and the recording refuses: it can be made once more.
+    join these, and the recording refuses: it can be made once more. `hidden` is what numbers that
+    tensor values decide seem to be to code that takes them for bare ones; `hides`: there were some.
     """
 
     def __init__(
@@ -44,9 +45,10 @@ class Recorder(TorchFunctionMode):
         paths: Mapping[int, str],
         leaves: frozenset[str],
         asking: list[dict[str, Any]],
+        hidden: int,
     ) -> None:
         super().__init__()
-        self._asking = asking
+        self._asking, self.hidden, self.hides = asking, hidden, False
         self.failed: str | None = None
         self._tape, self._paths, self._leaves = tape, paths, leaves
         self._sizes: dict[Any, fx.Node] = {}  # by node and dim, or by the mark of data sizes
@@ -202,8 +204,13 @@ class Recorder(TorchFunctionMode):
             return value
         node = self._tape.add("call_function", op, self._tape.argument(args))
         if any(isinstance(arg, DataNumber) for arg in args):
-            return of_data(value, self, lambda: node)
+            return self._hiding(value, lambda: node)
         return sized(value, self, lambda: node)
+
+    def _hiding(self, value: Any, make: Callable[[], fx.Node], *, filled: bool = False) -> Any:
+        """Return a number that tensor values decide."""
+        self.hides = True
+        return of_data(value, self, make, filled=filled)
 
     def whole(self, number: Any) -> Any:
         """Return the int of a tensor or of a number with a node, carrying a node."""
@@ -214,7 +221,7 @@ class Recorder(TorchFunctionMode):
         with self._pause():
             value = number.item()
         node = self._tape.add("call_method", "item", (self._tape.node_of(number),))
-        return of_data(value, self, lambda: node)
+        return self._hiding(value, lambda: node)
 
     def bare_int(self, number: Any) -> int:
         """Refuse that code makes a bare int of a tensor's value, and note which code it is."""
@@ -255,7 +262,7 @@ class Recorder(TorchFunctionMode):
             return self._sizes[key]
 
         if marks:
-            return of_data(size, self, make, filled=size > 0 and data.is_filled(marks))
+            return self._hiding(size, make, filled=size > 0 and data.is_filled(marks))
         return sized(size, self, make)
 
     def _check_read(self, func: Any, args: Any) -> None:

@@ -12,7 +12,12 @@ from torch import fx
 
 
 class Recording(Protocol):
-    """What a number needs of whoever records."""
+    """What a number needs of whoever records.
+
+    `hidden` is what a `DataSize` seems to be, too large or too small to be used.
+    """
+
+    hidden: int
 
     def number(self, value: Any, op: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         """Return `value`, carrying a node that computes it as `op(*args)` while recording."""
@@ -80,9 +85,6 @@ class DataFloat(DataNumber, SizeFloat):
     """A float computed from a `DataSize`."""
 
 
-_USELESS = {DataSize: 10**400, DataFloat: math.nan}
-
-
 def took_bare(error: Exception) -> bool:
     """Return whether code failed since it took a `DataSize` for a bare int."""
     return isinstance(error, OverflowError) or DataSize.__name__ in str(error)
@@ -99,8 +101,8 @@ def of_data(
     value: int | float, recording: Recording, make: Callable[[], fx.Node], *, filled: bool = False
 ) -> Any:
     """Return `value`, which tensor values decide, as a number whose node is `make()`."""
-    kind = DataFloat if isinstance(value, float) else DataSize
-    number = kind(_USELESS[kind])
+    is_float = isinstance(value, float)
+    number = DataFloat(math.nan) if is_float else DataSize(recording.hidden)
     number.recording, number.make, number.value, number.filled = recording, make, value, filled
     return number
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -151,18 +151,47 @@ def _record(
 ) -> fx.Graph:
     """Return the graph of one run in the given mode."""
     asking: list[dict[str, Any]] = []
-    known = 0
+    run = functools.partial(_run, model, training, leaves, inputs, names, asking)
+    graph, has_strangers, hides = _once_all_ask(run, asking)
+    if has_strangers:  # constants, unless made by operators that no recorded call ran
+        run(watched=True)
+    if hides and _told(run(seeming=-HIDDEN)[0]) != _told(graph):
+        raise UnsupportedOp(
+            f"cannot trace {type(model).__name__!r}: its code takes a number that a tensor's "
+            "values decide for a bare one, as a slice of a list does"
+        )
+    return graph
+
+
+HIDDEN = 10**400  # an int that no index, size or float can be
+
+
+def _once_all_ask(run: Callable[[], Any], asking: list[dict[str, Any]]) -> Any:
+    """Return what `run` gives when `asking` has all modules that ask for the int of a tensor."""
     while True:
+        known = len(asking)
         try:
-            run = functools.partial(_run, model, training, leaves, inputs, names, asking)
-            graph, has_strangers = run(watched=False)
-            if has_strangers:  # constants, unless made by operators that no recorded call ran
-                run(watched=True)
-            return graph
+            return run()
         except UnsupportedOp:
             if len(asking) == known:
                 raise
-            known = len(asking)
+
+
+def _told(graph: fx.Graph) -> list[Any]:
+    """Return what one recording has to have in common with another of the same run."""
+    return [
+        (
+            node.op,
+            node.name,
+            list(map(str, node.all_input_nodes)),
+            [n for n in tree_leaves(node.args) if _bare(n)],
+        )
+        for node in graph.nodes
+    ]
+
+
+def _bare(value: Any) -> bool:
+    return type(value) in (int, float, bool, str)
 
 
 def _run(
@@ -173,9 +202,14 @@ def _run(
     names: Names,
     asking: list[dict[str, Any]],
     *,
-    watched: bool,
-) -> tuple[fx.Graph, bool]:
-    """Return the graph, and whether it holds tensors that are neither the model's nor computed."""
+    watched: bool = False,
+    seeming: int = HIDDEN,
+) -> tuple[fx.Graph, bool, bool]:
+    """Return the graph, and whether it holds tensors that are neither the model's nor computed.
+
+    Then whether there were numbers that tensor values decide: to the code that runs they seem to be
+    `seeming`.
+    """
     title = type(model).__name__
     copied, originals = duplicate(model)
     copied.train(training)
@@ -195,7 +229,7 @@ def _run(
 
     paths = {id(module): path for path, module in copied.named_modules()}
     tape = Tape(title, name_of)
-    recorder = Recorder(tape, paths, leaves, asking)
+    recorder = Recorder(tape, paths, leaves, asking, seeming)
     named = _arguments(values)
     for (name, value), default in zip(named, _defaults(named), strict=True):
         tape.placeholder(name, value, default)
@@ -214,7 +248,7 @@ def _run(
         raise tape.refusal
     _record_updates(tape, buffers, dict(copied.named_buffers()))
     tape.output(out)
-    return tape.graph, bool(strangers)
+    return tape.graph, bool(strangers), recorder.hides
 
 
 def _explained(
