@@ -1390,7 +1390,27 @@ class GraphAttention(nn.Module):
         score = (score - top.index_select(0, target)).exp()
         score = score / none.scatter_add(0, index, score)[target]
         out = torch.zeros_like(v).index_add(0, target, v[source] * score[..., None])
+        return self.read(out)
+
+    def read(self, out):
         return self.o(out.flatten(1))
+
+
+@case(
+    (5, 3),
+    "v[1](4)",
+    fixed={"v[0]": "does not pass on the factor by which 5 units change what is averaged"},
+)
+class AveragedHeads(GraphAttention):
+    """The heads' sums are averaged, and a bias is added: only copies of all heads keep the mean."""
+
+    def __init__(self):
+        super().__init__()
+        self.o = nn.Linear(4, 2)
+        self.b = nn.Parameter(torch.randn(4))
+
+    def read(self, out):
+        return self.o(out.mean(1) + self.b)
 
 
 @case((5, 3), "a(6)")

@@ -38,6 +38,22 @@ def test_the_axes_are_those_stated(name: str) -> None:
         assert reason in said[axis]
 
 
+@pytest.mark.parametrize(
+    ("name", "rewrite"),
+    [
+        ("AveragedHeads", gg.Widen("v[0]", 2, weights=gg.Copy())),
+        ("MessagePassing", gg.Widen("a", 3, 2, gg.ZeroIncoming())),
+        ("MessagePassing", gg.Widen("b", 4, weights=gg.Copy())),
+        ("GraphAttention", gg.Widen("v[1]", 4, weights=gg.ZeroIncoming())),
+    ],
+)
+def test_what_units_hold_is_followed_through_lists(name: str, rewrite: gg.Widen) -> None:
+    case = CASES[name]
+    model, graph = traced(case)
+    grown = gg.apply(graph, rewrite).graph
+    assert gg.compare(model, grown, case.inputs(4)).relative <= 1e-10
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_each_axis_that_can_grow_grows_alone_and_with_the_others(name: str) -> None:
     case = CASES[name]
