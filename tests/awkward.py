@@ -1386,7 +1386,8 @@ class GraphAttention(nn.Module):
         score = F.leaky_relu(score, 0.2)
         index = target.view(-1, 1).expand_as(score)
         none = score.new_zeros((x.size(0), score.size(1)))
-        top = none.scatter_reduce(0, index, score.detach(), "amax", include_self=False)
+        least = torch.full_like(none, -100.0)
+        top = least.scatter_reduce(0, index, score.detach(), "amax")
         score = (score - top.index_select(0, target)).exp()
         score = score / none.scatter_add(0, index, score)[target]
         out = torch.zeros_like(v).index_add(0, target, v[source] * score[..., None])

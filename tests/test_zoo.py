@@ -125,7 +125,6 @@ MORE = {
     "transformers/t5": 13,
     "transformers/vit": 7,
     "segmentation_models_pytorch/unet-resnet18": 22,
-    "segmentation_models_pytorch/fpn-mit_b0": 31,
     "torch_geometric/gcn-jumping": 3,
     "torch_geometric/gat": 4,
     "torch_geometric/pna": 8,
