@@ -124,7 +124,7 @@ MORE = {
     "transformers/llama": 8,
     "transformers/t5": 13,
     "transformers/vit": 7,
-    "segmentation_models_pytorch/unet-resnet18": 22,
+    "segmentation_models_pytorch/pspnet-resnet18": 11,
     "torch_geometric/gcn-jumping": 3,
     "torch_geometric/gat": 4,
     "torch_geometric/pna": 8,
