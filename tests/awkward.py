@@ -474,7 +474,7 @@ class InstancenormF(nn.Module):
         return self.o(F.instance_norm(self.a(x)).tanh())
 
 
-@case((2, 3, 8, 8), "", fixed={"a": "is a size computed by the model"})
+@case((2, 3, 8, 8), "a(8)")
 class Lrn(nn.Module):
     def __init__(self):
         super().__init__()
@@ -484,6 +484,75 @@ class Lrn(nn.Module):
 
     def forward(self, x):
         return self.o(self.n(self.a(x)).tanh())
+
+
+# New units have to be zero, and there a ReLU passes on no gradient.
+@case((2, 3, 8, 8), "", fixed={"a": "would get no gradient for ever"})
+class LrnRelu(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Conv2d(3, 8, 3)
+        self.n = nn.LocalResponseNorm(5)
+        self.o = nn.Conv2d(8, 2, 1)
+
+    def forward(self, x):
+        return self.o(F.max_pool2d(self.n(self.a(x).relu()), 2))
+
+
+@case((2, 3, 8, 8), "b(4)", fixed={"a": "stand between others, not at an end"})
+class LrnConcat(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Conv2d(3, 3, 3)
+        self.b = nn.Conv2d(3, 4, 3)
+        self.o = nn.Conv2d(7, 2, 1)
+
+    def forward(self, x):
+        return self.o(F.local_response_norm(torch.cat([self.a(x), self.b(x)], 1), 3, alpha=0.5))
+
+
+# The first new unit would be a mean of old ones, and is read.
+@case((2, 3, 9), "", fixed={"a": "through weights that are not zero"})
+class AverageOverUnits(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Conv1d(3, 8, 3)
+        self.o = nn.Conv1d(8, 2, 1)
+
+    def forward(self, x):
+        x = self.a(x).sigmoid() - 0.5
+        return self.o(F.avg_pool1d(x.transpose(1, 2), 3, 1, 1).transpose(1, 2))
+
+
+@case(
+    (2, 3, 9),
+    "",
+    fixed={
+        "a": "is space that 'avg_pool2d' goes over",
+        "o.weight.1": "is space that 'avg_pool2d' goes over",
+    },
+)
+class AverageOverUnitsThatAreThere(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Conv1d(3, 8, 3)
+        self.o = nn.Conv1d(8, 2, 1)
+
+    def forward(self, x):
+        x = self.a(x).tanh().transpose(1, 2)
+        return self.o(F.avg_pool1d(x, 3, 1, 1, count_include_pad=False).transpose(1, 2))
+
+
+@case((2, 3, 8, 8), "", fixed={"a": "is space that 'max_pool3d_with_indices' goes over"})
+class MaxOverUnits(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Conv2d(3, 8, 3)
+        self.o = nn.Conv2d(8, 2, 1)
+
+    def forward(self, x):
+        x = self.a(x).exp()
+        return self.o(x / F.max_pool3d(x[:, None], (3, 1, 1), 1, (1, 0, 0))[:, 0])
 
 
 @case((2, 6), "a(8) e(4)")

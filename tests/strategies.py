@@ -485,6 +485,12 @@ def _pool(draw: st.DrawFn, taste: _Taste, shape: Shape) -> nn.Module:
     return draw(st.sampled_from(kinds))()
 
 
+def _local(draw: st.DrawFn, taste: _Taste, shape: Shape) -> nn.Module:
+    """Return a norm over neighbouring channels, strong enough to show."""
+    size, beta = draw(st.integers(1, 4)), draw(st.sampled_from([0.75, 0.5]))
+    return nn.LocalResponseNorm(size, alpha=2.0, beta=beta, k=draw(st.sampled_from([1.0, 1.5])))
+
+
 def _pixels(draw: st.DrawFn, taste: _Taste, shape: Shape) -> nn.Module:
     return nn.Sequential(
         _layer(draw, shape, 4 * draw(st.integers(1, 2)), kernel=1), nn.PixelShuffle(2)
@@ -527,6 +533,7 @@ BLOCKS: dict[str, tuple[tuple[int, ...], Builder]] = {
     "twice": (ANY, lambda d, t, s: Twice(_unit(d, t, s, s[0]))),
     "dropout": (ANY, lambda d, t, s: d(st.sampled_from([nn.Dropout(0.3), Drop()]))),
     "pool": (SPACE, _pool),
+    "local": (SPACE, _local),
     "grouped": (SPACE, _grouped),
     "depthwise": (SPACE, _depthwise),
     "attention": ((2,), _attention),

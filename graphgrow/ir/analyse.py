@@ -25,7 +25,17 @@ from graphgrow.ir.assemble import assemble
 from graphgrow.ir.attributes import is_known
 from graphgrow.ir.layout import ONE, Atom, Composition, Layout, Misaligned, freeze, fresh, settle
 from graphgrow.ir.rows import RowInterpreter
-from graphgrow.ir.rules import KERNEL, SPATIAL, Call, Dims, Kind, Outcome, Row, row_of
+from graphgrow.ir.rules import (
+    KERNEL,
+    SPATIAL,
+    Call,
+    Dims,
+    Kind,
+    Outcome,
+    Row,
+    Window,
+    row_of,
+)
 
 
 @dataclass(frozen=True)
@@ -51,7 +61,8 @@ class Step:
     """One ATen call of a run: operator, values in and out, and what it does with axes.
 
     `contracted` maps an input slot and dim to the axes that are summed over there; `batched` are
-    axes that both factors of a contraction keep, `mixed` those whose units a norm compares.
+    axes that both factors of a contraction keep, `mixed` those whose units a norm compares, and
+    `windows` the dims along which units are averaged with those beside them.
     """
 
     mode: str
@@ -68,6 +79,7 @@ class Step:
     mixed: frozenset[str] = frozenset()
     bias: int | None = None
     border: bool = False
+    windows: tuple[Window, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -126,6 +138,11 @@ class Analysis:
     def touching(self, axis: str) -> tuple[Step, ...]:
         """Return the steps that read or compute values in which an axis takes part."""
         return self._touching.get(axis, ())
+
+    def windows(self, step: Step, axis: str) -> tuple[Window, ...]:
+        """Return the windows that a step takes over units of an axis, and what is beside them."""
+        dims = self.values[step.outputs[0]] if step.windows else ()
+        return tuple(w for w in step.windows if axis in dims[w.dim].axes())
 
     def resized(
         self, widths: Mapping[str, int], numbers: Mapping[tuple[str, str], Any]
@@ -408,6 +425,7 @@ class _Watch(Dispatch):
             made,
             bias=outcome.bias,
             border=outcome.border,
+            windows=outcome.windows,
         )
         self.steps.append((step, outcome))
         if row.kind is Kind.MOVE and len(inputs) == 1:

@@ -278,6 +278,8 @@ class _Walk:
             return self._mixed(step, before, first)
         if first.codes is not None and kind is not Kind.MOVE:
             raise self._refusal(f"{step.where} comes where its positions are at other places")
+        if self.analysis.windows(step, self.axis.name):
+            raise self._refusal(f"{step.where} averages neighbouring units")
         if kind is Kind.POINTWISE:
             gated = self._gated(step)
             return gated or _Carried(self._joined(step, carried), first.flat)
