@@ -395,37 +395,24 @@ class MoeBatched(nn.Module):
         return self.o(torch.einsum("be,beo->bo", g, y))
 
 
-@case(
-    (2, 3, 8, 8),
-    "",
-    fixed={
-        "o.weight.1": "comes out of ParametrizedConv2d",
-        "a.parametrizations.weight.original0.0": "is fixed by the attributes of ParametrizedConv2d",
-        "a.parametrizations.weight.original0.1": "is fixed by the attributes of ParametrizedConv2d",
-        "a.parametrizations.weight.original0.2": "is fixed by the attributes of ParametrizedConv2d",
-        "a.parametrizations.weight.original0.3": "is fixed by the attributes of ParametrizedConv2d",
-        "a.parametrizations.weight.original1.0": "is fixed by the attributes of ParametrizedConv2d",
-        "a.parametrizations.weight.original1.1": "is fixed by the attributes of ParametrizedConv2d",
-        "a.parametrizations.weight.original1.2": "is fixed by the attributes of ParametrizedConv2d",
-        "a.parametrizations.weight.original1.3": "is fixed by the attributes of ParametrizedConv2d",
-    },
-)
+@case((2, 3, 8, 8), "a(4) b(6)")
 class WeightNorm(nn.Module):
     def __init__(self):
         super().__init__()
         self.a = nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 3))
-        self.o = nn.Conv2d(4, 2, 1)
+        self.b = nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 6, 3))
+        self.o = nn.Conv2d(6, 2, 1)
 
     def forward(self, x):
-        return self.o(self.a(x).tanh())
+        return self.o(self.b(self.a(x).tanh()).tanh())
 
 
 @case(
     (2, 3, 8, 8),
     "m(5)",
     fixed={
-        "a.parametrizations.weight.original": "is fixed by the attributes of ParametrizedConv2d",
-        "a.parametrizations.weight.original.1": "is fixed by the attributes of ParametrizedConv2d",
+        "a": "is fixed by _SpectralNorm, which keeps '_u' of the whole weight",
+        "a.parametrizations.weight.original": "is fixed by _SpectralNorm",
     },
 )
 class SpectralNorm(nn.Module):
@@ -553,6 +540,30 @@ class MaxOverUnits(nn.Module):
     def forward(self, x):
         x = self.a(x).exp()
         return self.o(x / F.max_pool3d(x[:, None], (3, 1, 1), 1, (1, 0, 0))[:, 0])
+
+
+@case((2, 3), "g(6)")
+class WeightNormByHand(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.g = nn.Parameter(torch.randn(6, 1))
+        self.v = nn.Parameter(torch.randn(6, 3))
+        self.w = nn.Parameter(torch.randn(2, 6))
+
+    def forward(self, x):
+        x = F.linear(x, self.v * (self.g / self.v.norm(dim=1, keepdim=True)))
+        return F.linear(x.tanh(), F.normalize(self.w, dim=1))
+
+
+@case((2, 3), "w(6)")
+class HalvedWeights(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(6, 3))
+        self.v = nn.Parameter(torch.randn(2, 6))
+
+    def forward(self, x):
+        return F.linear(F.linear(x, self.w / 2).tanh(), self.v / 2)
 
 
 @case((2, 6), "a(8) e(4)")

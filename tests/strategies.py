@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
 
 import graphgrow as gg
 from graphgrow.nn import CapNorm
@@ -485,6 +486,12 @@ def _pool(draw: st.DrawFn, taste: _Taste, shape: Shape) -> nn.Module:
     return draw(st.sampled_from(kinds))()
 
 
+def _length(draw: st.DrawFn, taste: _Taste, shape: Shape) -> nn.Module:
+    """Return a layer whose weight is computed of lengths and directions."""
+    layer = weight_norm(_layer(draw, shape, draw(widths), same=True))
+    return nn.Sequential(layer, _activation(draw, taste, _after(layer, shape)))
+
+
 def _local(draw: st.DrawFn, taste: _Taste, shape: Shape) -> nn.Module:
     """Return a norm over neighbouring channels, strong enough to show."""
     size, beta = draw(st.integers(1, 4)), draw(st.sampled_from([0.75, 0.5]))
@@ -533,6 +540,7 @@ BLOCKS: dict[str, tuple[tuple[int, ...], Builder]] = {
     "twice": (ANY, lambda d, t, s: Twice(_unit(d, t, s, s[0]))),
     "dropout": (ANY, lambda d, t, s: d(st.sampled_from([nn.Dropout(0.3), Drop()]))),
     "pool": (SPACE, _pool),
+    "length": (ANY, _length),
     "local": (SPACE, _local),
     "grouped": (SPACE, _grouped),
     "depthwise": (SPACE, _depthwise),

@@ -138,6 +138,18 @@ def row_of(func: torch._ops.OpOverload) -> Row | None:
     return POINTWISE if any(torch.Tag.pointwise in f.tags for f in overloads) else None
 
 
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> tuple[Tensor, Tensor]:
+    """Return what weight norm makes of direction and length: a weight, and its norms."""
+    norm = v.norm(2, [d for d in range(v.dim()) if d != dim], keepdim=True)
+    return v * (g / norm), norm
+
+
+# fused operators that are seen as those they consist of
+TAKEN_APART: dict[torch._ops.OpOverload, Callable[..., Any]] = {
+    aten._weight_norm_interface.default: _weight_norm
+}
+
+
 # --- pointwise -----------------------------------------------------------------------------------
 
 

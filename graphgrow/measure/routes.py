@@ -213,6 +213,10 @@ class _Walk:
             self._pass(step, incoming)
         elif incoming:
             raise self._refusal(f"it is lost in {step.where}")
+        if step.row.kind is Kind.CONTRACT and any(
+            n in self.analysis.computed and n in self.held for n in step.inputs
+        ):
+            raise self._refusal(f"{step.where} writes it with a weight that is computed")
         if product is not None and step.outputs[0] in self.held and self._writes(step, product):
             self._write(step, product)
 

@@ -581,13 +581,15 @@ class Follower:
         if not constant.any():
             return value, slope
         leaves: list[Tensor] = []
+        computed = [slot for slot in contents if self._source(step, slot) is None]
+        moving = computed or list(contents)  # a weight that is computed moves with its parameters
 
         def operand(a: object) -> object:
             if not isinstance(a, Slot):
                 return a
             if a.number in contents:
                 made = torch.from_numpy(contents[a.number].scale[constant]).requires_grad_()
-                if self._source(step, a.number) is None:
+                if a.number in moving:
                     leaves.append(made)
                 return made * 1
             return self._single(step, a.number)
@@ -604,8 +606,7 @@ class Follower:
             )
         value[constant] = result.detach().numpy()
         moved = np.zeros(int(constant.sum()))
-        slots = [s for s in contents if self._source(step, s) is None]
-        for slot, grad in zip(slots, grads, strict=False):
+        for slot, grad in zip(moving, grads, strict=False):
             if grad is not None:
                 rate = torch.from_numpy(contents[slot].slope[constant])
                 moved = moved + (grad * rate).numpy()  # NumPy would warn of roots at zero
