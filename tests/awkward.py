@@ -395,37 +395,24 @@ class MoeBatched(nn.Module):
         return self.o(torch.einsum("be,beo->bo", g, y))
 
 
-@case(
-    (2, 3, 8, 8),
-    "",
-    fixed={
-        "o.weight.1": "comes out of ParametrizedConv2d",
-        "a.parametrizations.weight.original0.0": "is fixed by the attributes of ParametrizedConv2d",
-        "a.parametrizations.weight.original0.1": "is fixed by the attributes of ParametrizedConv2d",
-        "a.parametrizations.weight.original0.2": "is fixed by the attributes of ParametrizedConv2d",
-        "a.parametrizations.weight.original0.3": "is fixed by the attributes of ParametrizedConv2d",
-        "a.parametrizations.weight.original1.0": "is fixed by the attributes of ParametrizedConv2d",
-        "a.parametrizations.weight.original1.1": "is fixed by the attributes of ParametrizedConv2d",
-        "a.parametrizations.weight.original1.2": "is fixed by the attributes of ParametrizedConv2d",
-        "a.parametrizations.weight.original1.3": "is fixed by the attributes of ParametrizedConv2d",
-    },
-)
+@case((2, 3, 8, 8), "a(4) b(6)")
 class WeightNorm(nn.Module):
     def __init__(self):
         super().__init__()
         self.a = nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 3))
-        self.o = nn.Conv2d(4, 2, 1)
+        self.b = nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 6, 3))
+        self.o = nn.Conv2d(6, 2, 1)
 
     def forward(self, x):
-        return self.o(self.a(x).tanh())
+        return self.o(self.b(self.a(x).tanh()).tanh())
 
 
 @case(
     (2, 3, 8, 8),
     "m(5)",
     fixed={
-        "a.parametrizations.weight.original": "is fixed by the attributes of ParametrizedConv2d",
-        "a.parametrizations.weight.original.1": "is fixed by the attributes of ParametrizedConv2d",
+        "a": "is fixed by _SpectralNorm, which keeps '_u' of the whole weight",
+        "a.parametrizations.weight.original": "is fixed by _SpectralNorm",
     },
 )
 class SpectralNorm(nn.Module):
@@ -474,7 +461,7 @@ class InstancenormF(nn.Module):
         return self.o(F.instance_norm(self.a(x)).tanh())
 
 
-@case((2, 3, 8, 8), "", fixed={"a": "is a size computed by the model"})
+@case((2, 3, 8, 8), "a(8)")
 class Lrn(nn.Module):
     def __init__(self):
         super().__init__()
@@ -484,6 +471,99 @@ class Lrn(nn.Module):
 
     def forward(self, x):
         return self.o(self.n(self.a(x)).tanh())
+
+
+# New units have to be zero, and there a ReLU passes on no gradient.
+@case((2, 3, 8, 8), "", fixed={"a": "would get no gradient for ever"})
+class LrnRelu(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Conv2d(3, 8, 3)
+        self.n = nn.LocalResponseNorm(5)
+        self.o = nn.Conv2d(8, 2, 1)
+
+    def forward(self, x):
+        return self.o(F.max_pool2d(self.n(self.a(x).relu()), 2))
+
+
+@case((2, 3, 8, 8), "b(4)", fixed={"a": "stand between others, not at an end"})
+class LrnConcat(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Conv2d(3, 3, 3)
+        self.b = nn.Conv2d(3, 4, 3)
+        self.o = nn.Conv2d(7, 2, 1)
+
+    def forward(self, x):
+        return self.o(F.local_response_norm(torch.cat([self.a(x), self.b(x)], 1), 3, alpha=0.5))
+
+
+# The first new unit would be a mean of old ones, and is read.
+@case((2, 3, 9), "", fixed={"a": "through weights that are not zero"})
+class AverageOverUnits(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Conv1d(3, 8, 3)
+        self.o = nn.Conv1d(8, 2, 1)
+
+    def forward(self, x):
+        x = self.a(x).sigmoid() - 0.5
+        return self.o(F.avg_pool1d(x.transpose(1, 2), 3, 1, 1).transpose(1, 2))
+
+
+@case(
+    (2, 3, 9),
+    "",
+    fixed={
+        "a": "is space that 'avg_pool2d' goes over",
+        "o.weight.1": "is space that 'avg_pool2d' goes over",
+    },
+)
+class AverageOverUnitsThatAreThere(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Conv1d(3, 8, 3)
+        self.o = nn.Conv1d(8, 2, 1)
+
+    def forward(self, x):
+        x = self.a(x).tanh().transpose(1, 2)
+        return self.o(F.avg_pool1d(x, 3, 1, 1, count_include_pad=False).transpose(1, 2))
+
+
+@case((2, 3, 8, 8), "", fixed={"a": "is space that 'max_pool3d_with_indices' goes over"})
+class MaxOverUnits(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Conv2d(3, 8, 3)
+        self.o = nn.Conv2d(8, 2, 1)
+
+    def forward(self, x):
+        x = self.a(x).exp()
+        return self.o(x / F.max_pool3d(x[:, None], (3, 1, 1), 1, (1, 0, 0))[:, 0])
+
+
+@case((2, 3), "g(6)")
+class WeightNormByHand(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.g = nn.Parameter(torch.randn(6, 1))
+        self.v = nn.Parameter(torch.randn(6, 3))
+        self.w = nn.Parameter(torch.randn(2, 6))
+
+    def forward(self, x):
+        x = F.linear(x, self.v * (self.g / self.v.norm(dim=1, keepdim=True)))
+        return F.linear(x.tanh(), F.normalize(self.w, dim=1))
+
+
+@case((2, 3), "w(6)")
+class HalvedWeights(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(6, 3))
+        self.v = nn.Parameter(torch.randn(2, 6))
+
+    def forward(self, x):
+        return F.linear(F.linear(x, self.w / 2).tanh(), self.v / 2)
 
 
 @case((2, 6), "a(8) e(4)")

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
 
 import graphgrow as gg
 from graphgrow.nn import CapNorm
@@ -380,7 +381,9 @@ def _norm(draw: st.DrawFn, taste: _Taste, shape: Shape) -> nn.Module:
     return kind(shape[0], eps=eps, affine=draw(st.integers(0, 3)) > 0)
 
 
-def _unit(draw: st.DrawFn, taste: _Taste, shape: Shape, out: int, same: bool = True) -> nn.Module:
+def _unit(
+    draw: st.DrawFn, taste: _Taste, shape: Shape, out: int, same: bool = True
+) -> nn.Sequential:
     """Return the usual triple of layer, norm and activation, some of them left out."""
     layer = _layer(draw, shape, out, same=same)
     parts, now = [layer], _after(layer, shape)
@@ -392,7 +395,10 @@ def _unit(draw: st.DrawFn, taste: _Taste, shape: Shape, out: int, same: bool = T
 
 
 def _plain(draw: st.DrawFn, taste: _Taste, shape: Shape) -> nn.Module:
-    return _unit(draw, taste, shape, draw(widths), same=False)
+    unit = _unit(draw, taste, shape, draw(widths), same=False)
+    if draw(st.integers(0, 5)) == 5:
+        weight_norm(unit[0])
+    return unit
 
 
 def _branch(draw: st.DrawFn, taste: _Taste, shape: Shape, out: int) -> nn.Module:
@@ -478,11 +484,18 @@ def _pool(draw: st.DrawFn, taste: _Taste, shape: Shape) -> nn.Module:
     kinds: list[Callable[[], nn.Module]] = [
         lambda: (nn.AvgPool1d if flat else nn.AvgPool2d)(2, 1, 1),
         lambda: (nn.AdaptiveAvgPool1d if flat else nn.AdaptiveAvgPool2d)(2),
+        lambda: _local(draw),
     ]
     if not taste.smooth:
         kinds.append(lambda: (nn.MaxPool1d if flat else nn.MaxPool2d)(2, 1, 1))
         kinds.append(lambda: (nn.AdaptiveMaxPool1d if flat else nn.AdaptiveMaxPool2d)(1))
     return draw(st.sampled_from(kinds))()
+
+
+def _local(draw: st.DrawFn) -> nn.Module:
+    """Return a norm over neighbouring channels, strong enough to show."""
+    size, beta = draw(st.integers(1, 4)), draw(st.sampled_from([0.75, 0.5]))
+    return nn.LocalResponseNorm(size, alpha=2.0, beta=beta, k=draw(st.sampled_from([1.0, 1.5])))
 
 
 def _pixels(draw: st.DrawFn, taste: _Taste, shape: Shape) -> nn.Module:

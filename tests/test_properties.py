@@ -25,6 +25,7 @@ from strategies import (
     widenings,
 )
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
 
 import graphgrow as gg
 from graphgrow.nn import CapNorm
@@ -777,10 +778,12 @@ def capped_by_hand(model: nn.Module, at: str) -> nn.Module:
 def check_attributes(module: nn.Module) -> None:
     """Assert that a layer's attributes say what its tensors are."""
     made = None
+    computed = hasattr(module, "parametrizations")
+    kind: Any = type(module).__base__ if computed else type(module)
     if isinstance(module, nn.Linear):
         made = nn.Linear(module.in_features, module.out_features, module.bias is not None)
     elif isinstance(module, nn.modules.conv._ConvNd):
-        made = type(module)(
+        made = kind(
             module.in_channels,
             module.out_channels,
             module.kernel_size,
@@ -804,6 +807,7 @@ def check_attributes(module: nn.Module) -> None:
             bidirectional=module.bidirectional,
         )
     if made is not None:
+        made = weight_norm(made) if computed else made
         mine, theirs = module.state_dict(), made.state_dict()
         assert {k: t.shape for k, t in mine.items()} == {k: t.shape for k, t in theirs.items()}
 

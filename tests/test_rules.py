@@ -471,7 +471,8 @@ def pooled(draw: st.DrawFn, name: str) -> Sample:
     shape = image(draw, d)
     if "adaptive" in name:
         return Sample(overload(name), (Entry(shape), [draw(st.integers(1, 3))] * d), resizable=True)
-    kernel, stride, padding = draw(st.sampled_from([(2, 1, 0), (2, 2, 1), (3, 2, 1), (3, 1, 0)]))
+    choices = [(2, 1, 0), (2, 2, 1), (3, 2, 1), (3, 1, 0), (3, 1, 1), (1, 1, 0)]
+    kernel, stride, padding = draw(st.sampled_from(choices))
     args = (Entry(shape), [kernel] * d, [stride] * d, [padding] * d)
     if name.startswith("avg"):
         return Sample(overload(name), (*args, False, draw(st.booleans())), resizable=True)
@@ -895,6 +896,9 @@ def check(row: Row, sample: Sample, seed: int) -> None:
         if axis in r.mixed:
             check_centred(r, axis, rng)
             continue
+        if windows := [w for w in r.outcome.windows if axis in r.outputs[0][w.dim].axes()]:
+            check_windows(r, windows[0], unit, rng)
+            continue
         if r.sample.content == "follows":
             check_gathered(r, axis, rng)
         if axis in r.summed:
@@ -949,6 +953,20 @@ def check_centred(r: Related, axis: str, rng: np.random.Generator) -> None:
         agree(normed(r, tensors), wanted, f"units of {axis} as {order}")
     if r.sample.func.overloadpacket is aten.native_layer_norm:
         check_mean(r, axis, int(rng.integers(1, 4)))
+
+
+def check_windows(r: Related, window: rules.Window, unit: int, rng: np.random.Generator) -> None:
+    """Zeros at the ends change nothing; a unit changes those that have it in their windows."""
+    x, d, width = r.tensors[0], window.dim, r.tensors[0].shape[window.dim]
+    ends = [x.narrow(d, 0, 1).expand(*x.shape[:d], n, *x.shape[d + 1 :]) for n in (1, 2)]
+    got = r.sample.run([torch.cat([ends[0] * 0, x, ends[1] * 0], d)])[0].narrow(d, 1, width)
+    agree([got], [r.outs[0]], f"dim {d} with zeros at its ends")
+    moved = x.index_fill(d, torch.tensor([unit]), float(rng.normal()))
+    far = [p for p in range(width) if not p - window.before <= unit <= p + window.after]
+    got, wanted = (
+        o.index_select(d, torch.tensor(far)) for o in (r.sample.run([moved])[0], *r.outs)
+    )
+    agree([got], [wanted], f"positions {far} of dim {d} with another {unit}")
 
 
 def normed(r: Related, tensors: list[Tensor]) -> list[Tensor]:
@@ -1333,6 +1351,12 @@ SAID: tuple[tuple[torch._ops.OpOverload, tuple[Any, ...], str], ...] = (
     ),
     (aten.unfold.default, (t(2, 5, 3), 1, 2, 1), "a b! c -> a d! c e!"),
     (aten.avg_pool2d.default, (t(2, 3, 4, 5), [2, 2]), "a b c! d! -> a b e! f!"),
+    (aten.avg_pool2d.default, (t(2, 3, 4, 5), [3, 1], [1, 1], [1, 0]), "a b c d -> a b c d"),
+    (
+        aten.avg_pool2d.default,
+        (t(2, 3, 4, 5), [3, 1], [1, 1], [1, 0], False, False),
+        "a b c! d -> a b e! d",
+    ),
     (aten.max_pool2d_with_indices.default, (t(3, 4, 5), [2, 2]), "a b! c! -> a d! e!, a f! g!"),
     (
         aten.grid_sampler_2d.default,
@@ -1578,6 +1602,16 @@ def unbiased(c: Call) -> Outcome:
     return right if right.bias is None else replace(right, bias=1)
 
 
+def borders_uncounted(c: Call) -> Outcome:
+    """As an average, its divisor taken for the same at the border."""
+    return rules.averaged(replace_call(c, c.args[:4]))
+
+
+def windows_unseen(c: Call) -> Outcome:
+    """As an average that leaves units apart."""
+    return replace(rules.averaged(c), windows=())
+
+
 def flattened(c: Call) -> Outcome:
     """As a view that makes new axes of what it splits."""
     return Outcome([[ONE if n == 1 else fresh(n) for n in c.outs[0].shape]])
@@ -1625,6 +1659,8 @@ MUTANTS: dict[str, tuple[str, Row]] = {
     "a weight taken for the bias": ("linear", row_like("linear", relate=unbiased)),
     "a view that forgets": ("view", row_like("view", relate=flattened)),
     "an average over padding keeps constants": ("avg_pool2d", row_like("avg_pool2d", keeps="any")),
+    "a divisor that stays": ("avg_pool2d", row_like("avg_pool2d", relate=borders_uncounted)),
+    "windows that are not seen": ("avg_pool2d", row_like("avg_pool2d", relate=windows_unseen)),
     "padding keeps constants": ("constant_pad_nd", row_like("constant_pad_nd", keeps="any")),
     "a deviation keeps constants": ("std", row_like("std", keeps="any")),
     "a variance is homogeneous": ("var", row_like("var", homogeneous=True)),

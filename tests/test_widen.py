@@ -274,6 +274,8 @@ REFUSED = {
         "functional calls",
         "Pairs",
     ): "reads new units through weights that are not zero in train mode",
+    # zero behind a ReLU is dead, and what dropout makes of constants is not the same for a pair
+    ("functional calls", "ZeroIncoming"): "would get no gradient for ever",
     ("functional calls", "Copy"): "do not add up to its old weights in train mode",
 }
 SCHEMES = (None, gg.ZeroOutgoing(), gg.ZeroIncoming(), gg.Pairs(), gg.Copy())
@@ -327,3 +329,24 @@ def test_copies_of_tied_units_are_refused_since_their_halves_would_write_too(eve
     rewrite = gg.Widen("0.encoder", 1, weights=gg.Copy(even=even))
     said = rewrite.obstacle(gg.trace(model, torch.ones(3, 1, dtype=torch.double)))
     assert said is not None and "'0.encoder.weight[0]'" in said
+
+
+class Gated(nn.Module):
+    """Units of one layer, behind a ReLU, times those of another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up, self.last = nn.Linear(3, 4), nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.relu(self.gate(x)) * self.up(x))
+
+
+def test_a_factor_that_is_zero_behind_a_relu_never_moves() -> None:
+    graph = gg.trace(fill(Gated().double(), 0), torch.randn(5, 3, dtype=torch.double))
+    gate, up = (
+        gg.Widen("gate", 2, weights=gg.ZeroIncoming(paths=(path,))).obstacle(graph)
+        for path in ("gate.weight", "up.weight")
+    )
+    assert "2 of the new units would get no gradient for ever" in str(gate)
+    assert up is None

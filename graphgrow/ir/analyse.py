@@ -22,10 +22,21 @@ from torch.utils._pytree import tree_leaves, tree_map
 from graphgrow.dispatch import Dispatch
 from graphgrow.ir import layout
 from graphgrow.ir.assemble import assemble
-from graphgrow.ir.attributes import is_known
+from graphgrow.ir.attributes import fixed
 from graphgrow.ir.layout import ONE, Atom, Composition, Layout, Misaligned, freeze, fresh, settle
 from graphgrow.ir.rows import RowInterpreter
-from graphgrow.ir.rules import KERNEL, SPATIAL, Call, Dims, Kind, Outcome, Row, row_of
+from graphgrow.ir.rules import (
+    KERNEL,
+    SPATIAL,
+    TAKEN_APART,
+    Call,
+    Dims,
+    Kind,
+    Outcome,
+    Row,
+    Window,
+    row_of,
+)
 
 
 @dataclass(frozen=True)
@@ -51,7 +62,8 @@ class Step:
     """One ATen call of a run: operator, values in and out, and what it does with axes.
 
     `contracted` maps an input slot and dim to the axes that are summed over there; `batched` are
-    axes that both factors of a contraction keep, `mixed` those whose units a norm compares.
+    axes that both factors of a contraction keep, `mixed` those whose units a norm compares, and
+    `windows` the dims along which units are averaged with those beside them.
     """
 
     mode: str
@@ -68,6 +80,7 @@ class Step:
     mixed: frozenset[str] = frozenset()
     bias: int | None = None
     border: bool = False
+    windows: tuple[Window, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -104,7 +117,8 @@ class Analysis:
     """The layouts of a graph's tensors, its axes in topological order, and its steps.
 
     `tied` has the first path of each tensor for every path; axes name tensors by first paths.
-    `holding` has, for each axis, the numbers of the values in which it takes part. `current`: the
+    `holding` has, for each axis, the numbers of the values in which it takes part. `computed` has
+    the paths of the parameters that a value is computed from, if from nothing else. `current`: the
     steps state the sizes of now; in a graph that has grown they may state those of before.
     """
 
@@ -117,6 +131,7 @@ class Analysis:
     sources: Mapping[int, Source]
     steps: tuple[Step, ...]
     unknown: Mapping[str, int]
+    computed: Mapping[int, frozenset[str]] = field(default_factory=dict)
     current: bool = True
 
     def widths(self) -> dict[str, int]:
@@ -126,6 +141,11 @@ class Analysis:
     def touching(self, axis: str) -> tuple[Step, ...]:
         """Return the steps that read or compute values in which an axis takes part."""
         return self._touching.get(axis, ())
+
+    def windows(self, step: Step, axis: str) -> tuple[Window, ...]:
+        """Return the windows that a step takes over units of an axis, and what is beside them."""
+        dims = self.values[step.outputs[0]] if step.windows else ()
+        return tuple(w for w in step.windows if axis in dims[w.dim].axes())
 
     def resized(
         self, widths: Mapping[str, int], numbers: Mapping[tuple[str, str], Any]
@@ -171,8 +191,9 @@ def analyse(graph: Any) -> Analysis:
 def _freeze_unknown_leaves(watch: _Watch, graph: Any) -> None:
     """Freeze the tensors of leaves whose attributes could not be made to tell new sizes."""
     for path in graph.leaves:
-        if not is_known(graph.modules[path]):
-            reason = f"is fixed by the attributes of {type(graph.modules[path]).__name__} '{path}'"
+        by = fixed(path, graph.modules, graph.state)
+        if by is not None:
+            reason = f"is fixed by {by} '{path}'"
             for name, tensor in watch.state.items():
                 if name.startswith(f"{path}."):
                     for parts in watch.of(tensor):
@@ -252,6 +273,7 @@ class _Watch(Dispatch):
         self.dims: list[Dims] = []
         self.steps: list[tuple[Step, Outcome]] = []
         self.sources: dict[int, Source] = {}
+        self.computed: dict[int, frozenset[str]] = {}
         self.nodes: dict[tuple[str, str], Any] = {}
         self.unknown: dict[str, int] = {}
         self.numbers: dict[int, tuple[weakref.ref[Tensor], int]] = {}
@@ -342,6 +364,9 @@ class _Watch(Dispatch):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func in TAKEN_APART:
+            with self:
+                return TAKEN_APART[func](*args, **kwargs)
         changed = written(func, args, kwargs)
         inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         numbers = tuple(self.number(t) for t in inputs)
@@ -408,10 +433,25 @@ class _Watch(Dispatch):
             made,
             bias=outcome.bias,
             border=outcome.border,
+            windows=outcome.windows,
         )
         self.steps.append((step, outcome))
         if row.kind is Kind.MOVE and len(inputs) == 1:
             self._follow_source(func, step)
+        self._follow_computed(step)
+
+    def _follow_computed(self, step: Step) -> None:
+        """Note which parameters a value is computed from, if from nothing else."""
+        if step.row.kind not in (Kind.POINTWISE, Kind.MOVE, Kind.SUM) or not step.inputs:
+            return
+        paths: set[str] = set()
+        for number in step.inputs:
+            source = self.sources.get(number)
+            if source is None and number not in self.computed:
+                return
+            paths.update(self.computed.get(number, ()) if source is None else [source.path])
+        made = frozenset(p for p in paths if isinstance(self.state[p], nn.Parameter))
+        self.computed.update(dict.fromkeys(set(step.outputs) - self.sources.keys(), made))
 
     def _follow_source(self, func: Any, step: Step) -> None:
         source = self.sources.get(step.inputs[0])
@@ -520,6 +560,7 @@ class _Settled:
             sources=self.watch.sources,
             steps=steps,
             unknown=self.watch.unknown,
+            computed=self.watch.computed,
         )
 
     def _label(self, atom: Atom) -> str | int:
@@ -532,7 +573,10 @@ class _Settled:
             for slot, number in enumerate(step.inputs):
                 source = self.watch.sources.get(number)
                 if source is not None and step.row.kind is not Kind.MOVE:
-                    self._add_roles(step, outcome, slot, source)
+                    if self.watch.computed.keys().isdisjoint(step.outputs):
+                        self._add_roles(step, outcome, slot, source)
+                elif step.row.kind is Kind.CONTRACT and slot != step.bias:
+                    self._add_computed_roles(step, outcome, slot)
         for path in dict.fromkeys(self.tied.values()):
             for d, parts in enumerate(self.watch.of(self.watch.state[path])):
                 self._refuse_powers(parts)
@@ -567,6 +611,20 @@ class _Settled:
                     self.written_by.setdefault(atom, key)
                 self.roles.setdefault(atom, {}).setdefault(key, set()).add(role)
 
+    def _add_computed_roles(self, step: Step, outcome: Outcome, slot: int) -> None:
+        """Give parameters the roles of the weight that is computed from them."""
+        over = [c.over for c in outcome.contracted if c.slot == slot]
+        summed = {atom for parts in over for atom in layout.leaves(parts)}
+        batched = set(layout.leaves(outcome.batched))
+        for path in sorted(self.watch.computed.get(step.inputs[slot], ())):
+            for d, parts in enumerate(self.watch.of(self.watch.state[path])):
+                for atom in layout.leaves(parts):
+                    key = ParameterDim(self.tied[path], d)
+                    role = _role(step, slot, d, atom in summed, atom in batched)
+                    if role == "producer":
+                        self.written_by.setdefault(atom, key)
+                    self.roles.setdefault(atom, {}).setdefault(key, set()).add(role)
+
     def _name_axes(self) -> None:
         """Name each axis after what first writes it, else after what reads or carries it."""
         for atom, key in self.written_by.items():
@@ -587,7 +645,7 @@ class _Settled:
         return atom.frozen not in (KERNEL, layout.ONE_ONLY) and atom.size > 0
 
     def _name(self, atom: Atom, key: ParameterDim, role: str) -> str:
-        owner = key.path.rpartition(".")[0]
+        owner = self._leaf(key.path)
         taken = self.taken
         parts = self.watch.of(self.watch.state[key.path])[key.dim]
         inside = list(layout.leaves(parts))
@@ -599,6 +657,13 @@ class _Settled:
         name = next((c for c in choices if c not in taken), f"{key.path}.{key.dim}:{len(taken)}")
         taken.add(name)
         return name
+
+    def _leaf(self, path: str) -> str:
+        """Return the leaf module that holds a tensor, the module right above it where none does."""
+        above = path.rpartition(".")[0]
+        while above and above not in self.graph.leaves:
+            above = above.rpartition(".")[0]
+        return above or path.rpartition(".")[0]
 
     def _axis(self, atom: Atom, name: str, summed: frozenset[str]) -> Axis:
         def of(role: str) -> tuple[ParameterDim, ...]:

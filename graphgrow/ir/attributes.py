@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
@@ -138,12 +138,25 @@ def resized(module: nn.Module, sizes: Sizes) -> dict[str, Any]:
     return {name: value for name, value in new.items() if getattr(module, name) != value}
 
 
-def is_known(module: nn.Module) -> bool:
-    """Return whether a leaf's sizes can be told: it has a row here, or no tensors."""
-    if hasattr(module, "parametrizations"):
-        return False
-    owns = any(True for _ in module.parameters()) or any(True for _ in module.buffers())
-    return not owns or isinstance(module, tuple(k for kind, _ in _ROWS for k in _flat(kind)))
+def fixed(path: str, modules: Mapping[str, nn.Module], tensors: Iterable[str]) -> str | None:
+    """Return what keeps a leaf's sizes as they are, None where they can be told.
+
+    They can where it has a row here, or no tensors. A parametrization may compute its tensors if it
+    has none of its own, which would have to follow. `tensors` are the paths of all tensors.
+    """
+    module, kind = modules[path], type(modules[path]).__name__
+    inside = f"{path}.parametrizations"
+    for at in tensors if inside in modules else ():
+        owner, _, name = at.rpartition(".")
+        if at.startswith(f"{inside}.") and "." in owner.removeprefix(f"{inside}."):
+            own = type(modules[owner]).__name__
+            return f"{own}, which keeps '{name}' of the whole weight, in {kind}"
+    if not any(True for _ in (*module.parameters(), *module.buffers())):
+        return None
+    if not isinstance(module, tuple(k for kind, _ in _ROWS for k in _flat(kind))):
+        return f"the attributes of {kind}"
+    hooked = any(isinstance(value, Tensor) for value in vars(module).values())
+    return f"a hook that computes a tensor of {kind}" if hooked else None
 
 
 def _flat(kind: type | tuple[type, ...]) -> tuple[type, ...]:

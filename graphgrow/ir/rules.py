@@ -7,7 +7,7 @@ without a row freezes what it touches. All pointwise operators share one row, by
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
@@ -22,7 +22,7 @@ from graphgrow.ir.layout import ONE, Composition, Misaligned, freeze, fresh, uni
 aten = torch.ops.aten
 KERNEL = "is a kernel size"
 SPATIAL = "is a size computed by the model"
-OVER = "is space that a convolution, pooling or resampling goes over"
+PADDING = "is padding"
 PIXELS = "is the side of a block of pixels"
 Dims = list[Composition]
 
@@ -76,13 +76,27 @@ class Contracted:
 
 
 @dataclass(frozen=True)
+class Window:
+    """A dim of the first output where each entry is the mean of a window of the input's entries.
+
+    The window reaches `before` and `after` positions beyond the entry's own, over zeros where it
+    leaves the dim, unless the input was padded there by something else.
+    """
+
+    dim: int
+    before: int
+    after: int
+
+
+@dataclass(frozen=True)
 class Outcome:
     """The layouts of the outputs, and what a contraction sums over.
 
     `batched` is the layout that both factors keep; `bias` the slot of an added per-unit input;
     `border` is true where a constant unit adds something else than the sum of its weights: less
     near zero padding, a multiple where the product is scaled. `mixed` is the dim whose units a norm
-    compares with each other.
+    compares with each other; `windows` are dims along which units are averaged with those beside
+    them.
     """
 
     outs: Sequence[Dims]
@@ -91,6 +105,7 @@ class Outcome:
     bias: int | None = None
     border: bool = False
     mixed: Composition = ONE
+    windows: tuple[Window, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -121,6 +136,18 @@ def row_of(func: torch._ops.OpOverload) -> Row | None:
         return ROWS[packet]
     overloads = [func, *(getattr(packet, name) for name in packet.overloads())]
     return POINTWISE if any(torch.Tag.pointwise in f.tags for f in overloads) else None
+
+
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> tuple[Tensor, Tensor]:
+    """Return what weight norm makes of direction and length: a weight, and its norms."""
+    norm = v.norm(2, [d for d in range(v.dim()) if d != dim], keepdim=True)
+    return v * (g / norm), norm
+
+
+# fused operators that are seen as those they consist of
+TAKEN_APART: dict[torch._ops.OpOverload, Callable[..., Any]] = {
+    aten._weight_norm_interface.default: _weight_norm
+}
 
 
 # --- pointwise -----------------------------------------------------------------------------------
@@ -479,7 +506,7 @@ def pad(c: Call) -> Outcome:
             freeze(dims[d], "is cropped by a padding")
             dims[d] = _free(c.outs[0].shape[d])
             continue
-        ends = [fresh(n, "is padding") if n else () for n in (before, after)]
+        ends = [fresh(n, PADDING) if n else () for n in (before, after)]
         dims[d] = ends[0] + dims[d] + ends[1]
     if c.arg(2, "value", 0) != 0:
         for parts in c.of(x):
@@ -522,7 +549,7 @@ def im2col(c: Call) -> Outcome:
     """Lay out the patches of an image: channels times kernel, positions."""
     x, kernel, out = c.args[0], c.args[1], c.outs[0]
     for parts in c.of(x)[2:]:
-        freeze(parts, OVER)
+        freeze(parts, _over(c))
     patch = layout.join([c.of(x)[1], *(_kernel(k) for k in kernel)])
     return Outcome([[c.of(x)[0], patch, _free(out.shape[2])]])
 
@@ -548,12 +575,56 @@ def _kernel(size: int) -> Composition:
 
 def spatial(c: Call) -> Outcome:
     """Keep batch and channels; the last dims get new sizes (pooling, resampling)."""
-    x = c.args[0]
-    kept = x.dim() - _spatial_dims(c)
-    lead = c.of(x)[:kept]
-    for parts in c.of(x)[kept:]:
-        freeze(parts, OVER)
-    return Outcome([[*lead, *(_free(s) for s in out.shape[kept:])] for out in c.outs])
+    return Outcome([_resampled(c, out, {}) for out in c.outs])
+
+
+def averaged(c: Call) -> Outcome:
+    """Keep batch and channels, and space where windows that go step by step lose no position.
+
+    There they reach over the ends by as much as is padded, so that each position has its window.
+    """
+    x, (out,) = c.args[0], c.outs
+    count = _spatial_dims(c)
+    kernel, padding = _sides(c.args[1], count), _sides(c.arg(3, "padding", 0), count)
+    stride = _sides(c.arg(2, "stride") or kernel, count)
+    even = bool(c.arg(5, "count_include_pad", True)) or c.arg(6, "divisor_override") is not None
+    kept: dict[int, Composition] = {}
+    windows: list[Window] = []
+    for d, k, step, p in zip(range(x.dim() - count, x.dim()), kernel, stride, padding, strict=True):
+        before, inside, after = _unpadded(c.of(x)[d]) if k > 1 else (0, c.of(x)[d], 0)
+        if step == 1 and before + after + 2 * p == k - 1 and (even or p == 0):
+            kept[d] = inside
+            windows += [Window(d, before + p, after + p)] if k > 1 else []
+    return Outcome([_resampled(c, out, kept)], windows=tuple(windows))
+
+
+def _sides(given: int | Sequence[int], count: int) -> list[int]:
+    """Return a number for each dim, where one may be given for all."""
+    sides = [given] if isinstance(given, int) else list(given)
+    return sides * count if len(sides) == 1 else sides
+
+
+def _unpadded(parts: Composition) -> tuple[int, Composition, int]:
+    """Return a dim without the padding at its ends, and how much there was at each."""
+    terms = layout.expand(parts)
+    padded = [len(term) == 1 and term[0].frozen == PADDING for term in terms]
+    first = padded.index(False) if False in padded else len(terms)
+    last = len(terms) - (padded[::-1].index(False) if False in padded else 0)
+    return layout.size_of(terms[:first]), terms[first:last], layout.size_of(terms[last:])
+
+
+def _resampled(c: Call, out: Tensor, kept: Mapping[int, Composition]) -> Dims:
+    """Return the layouts of an output whose last dims are new sizes, but for those `kept`."""
+    x, over = c.args[0], _over(c)
+    dims = list(c.of(x))
+    for d in range(x.dim() - _spatial_dims(c), x.dim()):
+        # units stay so named: the operator is why they cannot be more, not that they are space
+        units = any(atom.frozen in (None, over) for atom in layout.leaves(dims[d]))
+        if d not in kept:
+            freeze(dims[d], over)
+        new = fresh(out.shape[d], over) if units else _free(out.shape[d])
+        dims[d] = kept.get(d, ONE if out.shape[d] == 1 else new)
+    return dims
 
 
 def sampled(c: Call) -> Outcome:
@@ -568,10 +639,18 @@ def _spatial_dims(c: Call) -> int:
     return int(next(digit for digit in reversed(name.split("_with")[0]) if digit in "123"))
 
 
+def _over(c: Call) -> str:
+    """Return why the dims that an operator goes over keep their sizes, with its name."""
+    return f"is space that '{_named(c)}' goes over"
+
+
 def _mixing(c: Call) -> str:
     """Return why the units that an operator compares cannot be more, with its name."""
-    name = c.func.overloadpacket.__name__.strip("_").removeprefix("native_")
-    return f"goes into '{name}', which mixes its units"
+    return f"goes into '{_named(c)}', which mixes its units"
+
+
+def _named(c: Call) -> str:
+    return c.func.overloadpacket.__name__.strip("_").removeprefix("native_")
 
 
 def reduce(c: Call) -> Outcome:
@@ -764,7 +843,7 @@ def convolution(c: Call) -> Outcome:
     for atom in (atom for parts in c.of(w)[2:] for atom in layout.leaves(parts)):
         atom.frozen = KERNEL  # whatever was said of it before: a kernel has sizes, not units
     for parts in c.of(x)[2:]:
-        freeze(parts, OVER)
+        freeze(parts, _over(c))
     if b is not None:
         unify(c.of(b)[0], out)
     dims = [c.of(x)[0], out, *(_free(s) for s in c.outs[0].shape[2:])]
@@ -864,7 +943,6 @@ HOMOGENEOUS = Row(broadcast, Kind.POINTWISE, homogeneous=True)
 LIKE = Row(same, Kind.MOVE, "any", True)
 MOVE = {"kind": Kind.MOVE, "keeps": "any", "homogeneous": True}
 POOL = Row(spatial, Kind.SEPARATE, "any", True)
-BORDERED = Row(spatial, Kind.SEPARATE, "zero", True)
 REDUCE = Row(reduce, Kind.SEPARATE, "any", True)
 MIX = Row(along, Kind.SEPARATE)
 FILL = Row(made, Kind.FILL)
@@ -927,7 +1005,7 @@ ROWS: dict[Any, Row] = _table(
     (POOL, "_upsample_bilinear2d_aa _upsample_bicubic2d_aa _upsample_nearest_exact2d"),
     (POOL, "reflection_pad1d reflection_pad2d reflection_pad3d"),
     (POOL, "replication_pad1d replication_pad2d replication_pad3d"),
-    (BORDERED, "avg_pool2d avg_pool3d avg_pool1d"),
+    (Row(averaged, Kind.SEPARATE, "zero", True), "avg_pool1d avg_pool2d avg_pool3d"),
     (Row(sampled, Kind.SEPARATE, "zero", True), "grid_sampler_2d grid_sampler_3d"),
     (REDUCE, "amax amin max min"),
     (Row(reduce, Kind.SEPARATE, "zero", True), "std"),

@@ -213,6 +213,10 @@ class _Walk:
             self._pass(step, incoming)
         elif incoming:
             raise self._refusal(f"it is lost in {step.where}")
+        if step.row.kind is Kind.CONTRACT and any(
+            n in self.analysis.computed and n in self.held for n in step.inputs
+        ):
+            raise self._refusal(f"{step.where} writes it with a weight that is computed")
         if product is not None and step.outputs[0] in self.held and self._writes(step, product):
             self._write(step, product)
 
@@ -278,6 +282,8 @@ class _Walk:
             return self._mixed(step, before, first)
         if first.codes is not None and kind is not Kind.MOVE:
             raise self._refusal(f"{step.where} comes where its positions are at other places")
+        if self.analysis.windows(step, self.axis.name):
+            raise self._refusal(f"{step.where} averages neighbouring units")
         if kind is Kind.POINTWISE:
             gated = self._gated(step)
             return gated or _Carried(self._joined(step, carried), first.flat)

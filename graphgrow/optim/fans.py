@@ -157,13 +157,15 @@ def fan_ins(graph: Graph) -> Fans:
 
     The bias that a layer adds is in it, as the weight of a unit that is always one; the filters of
     a depthwise convolution, which write the units that they read, are fan-ins of their own. What
-    remains (scales and shifts of norms, numbers of activations) is nobody's fan-in. Source: Philipp
-    and Carbonell (2017), equation 2, where layers have neither biases nor branches.
+    remains (scales and shifts of norms, numbers of activations, what weights are computed from) is
+    nobody's fan-in. Source: Philipp and Carbonell (2017), equation 2, where layers have neither
+    biases nor branches.
     """
     analysis = graph.analysis
     writing: dict[str, _Site] = {}
+    plain = _plain(graph)
     for axis in analysis.axes.values():
-        for at in axis.producers:
+        for at in (at for at in axis.producers if at.path in plain):
             writing.setdefault(at.path, _site(graph, at))
     for step in analysis.steps:
         if step.row.kind is Kind.CONTRACT:
@@ -181,10 +183,21 @@ def fan_outs(graph: Graph) -> Fans:
     (2017), equation 3.
     """
     reading: dict[str, _Site] = {}
+    plain = _plain(graph)
     for axis in graph.analysis.axes.values():
-        for at in axis.consumers:
+        for at in (at for at in axis.consumers if at.path in plain):
             reading.setdefault(at.path, _site(graph, at))
     return _fans(graph, reading.values())
+
+
+def _plain(graph: Graph) -> set[str]:
+    """Return the paths of weights that are used as they are, not to compute others from."""
+    analysis = graph.analysis
+    used = {n for s in analysis.steps if s.row.kind in _WEIGHED for n in s.inputs}
+    return {analysis.sources[n].path for n in used if n in analysis.sources}
+
+
+_WEIGHED = (Kind.CONTRACT, Kind.GATHER)
 
 
 @dataclass(frozen=True)

@@ -359,13 +359,14 @@ def _without(place: _Place, found: _Folded) -> Graph:
     same = graph.eval is graph.train
     eval_ = train if same else _pruned(graph.eval, found.instead["eval"])
     gone = _used(graph.train, graph.eval) - _used(train, eval_)
-    modules = {path: m for path, m in graph.modules.items() if path not in gone}
     owners = {path for path in gone if path in graph.modules}
-    state = {
-        path: tensor
-        for path, tensor in graph.state.items()
-        if path not in gone and path.rpartition(".")[0] not in owners
-    }
+    inside = tuple(f"{path}." for path in owners)
+
+    def stays(path: str) -> bool:
+        return path not in gone and not path.startswith(inside)
+
+    modules = {path: m for path, m in graph.modules.items() if stays(path)}
+    state = {path: tensor for path, tensor in graph.state.items() if stays(path)}
     for path, tensor in found.tensors.items():
         like = graph.state[f"{path.rpartition('.')[0]}.weight"]
         state[path] = twin(graph.state.get(path, like), tensor.to(like.device))

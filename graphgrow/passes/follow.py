@@ -18,10 +18,11 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from graphgrow.ir.analyse import Analysis, ParameterDim, Slot, Source, Step
-from graphgrow.ir.rules import Kind, aten
+from graphgrow.ir.rules import Kind, Window, aten
 from graphgrow.passes.parts import Parts
 from graphgrow.passes.ranges import Ranges
 from graphgrow.passes.units import Resized
+from graphgrow.passes.windows import disturbance
 
 CONSTANT, MEAN = -1, -2
 
@@ -97,6 +98,8 @@ class Follower:
         self.contents: dict[int, Content] = {}
         self.arrivals: list[Arrival] = []
         self.statistics: list[Arrival] = []
+        self.windowed: list[Step] = []
+        self.blocked: list[str] = []
         self._slices: dict[ParameterDim, Tensor] = {}
         self.held = resized.analysis.holding.get(resized.axis, frozenset())
         # only norms and means over units ask whether some are the mean of the others
@@ -169,7 +172,11 @@ class Follower:
     # --- the walk
 
     def run(self) -> Follower:
-        """Follow all steps and return self, with `arrivals` and `statistics` filled."""
+        """Follow all steps and return self, with what they do to old units noted.
+
+        `arrivals` are contractions, `statistics` means and norms over units, `windowed` means over
+        units beside each other. `blocked` has the reasons why nothing can be exact.
+        """
         for step in self.resized.analysis.touching(self.axis):
             content = self._clipped(step, self._through(step))
             # what stands beside the first output of a computation (indices, say) is not known
@@ -227,6 +234,8 @@ class Follower:
             return self._norm(step)
         if self.axis in step.mixed:
             return self._center(step)
+        if windows := self.resized.analysis.windows(step, self.axis):
+            return self._windowed(step, windows)
         return self._kept(step)
 
     def content(self, number: int) -> Content:
@@ -417,6 +426,16 @@ class Follower:
         given = step.args[at] if at < len(step.args) else None
         return given == Slot(slot) and self.content(step.inputs[slot]).uniform
 
+    def _windowed(self, step: Step, windows: tuple[Window, ...]) -> Content:
+        """Return the means of windows: zero for new units that have nothing but zeros in theirs."""
+        content = self.content(step.inputs[0])
+        zero = content.zero()
+        for window in windows:
+            reason, zero = disturbance(self.resized, step, window, zero)
+            self.blocked += [] if reason is None else [reason]
+        self.windowed.append(step)
+        return replace(self._masked(zero, 0.0), slope=content.slope)
+
     def _sum(self, step: Step) -> Content | None:
         content = self.content(step.inputs[0])
         if any(self.axis in axes for axes in step.contracted.values()):
@@ -434,12 +453,8 @@ class Follower:
             return self.arbitrary()
         contents = {slot: self.content(step.inputs[slot]) for slot in slots}
         like, scale = self._agreed(step, contents)
-        if step.func.overloadpacket in _PRODUCTS:
-            zero = np.any([c.zero() for c in contents.values()], axis=0)
-            like, scale = np.where(zero, CONSTANT, like), np.where(zero, 0.0, scale)
-        if step.func.overloadpacket in _QUOTIENTS and 0 in contents:
-            zero = contents[0].zero() & ~np.any([contents[k].zero() for k in slots if k], axis=0)
-            like, scale = np.where(zero, CONSTANT, like), np.where(zero, 0.0, scale)
+        zero, moved = self._zero_factor(step, contents)
+        like, scale = np.where(zero, CONSTANT, like), np.where(zero, 0.0, scale)
         if step.func.overloadpacket in SUMS and len(slots) == 2:
             for slot in slots:
                 if contents[slot].zero().all():
@@ -452,12 +467,30 @@ class Follower:
         numbers = {slot: self._as_numbers(step, slot, c) for slot, c in contents.items()}
         constant = np.all([c.constant() for c in numbers.values()], axis=0)
         value, slope = self._evaluated(step, numbers, constant)
+        slope = np.where(zero & ~constant, moved, slope)
         known = constant & ~np.isnan(value)
         if all(self._source(step, slot) is not None for slot in slots):
             known &= like == self.new  # of parameters alone, who is like whom says more
         return Content(
             self.new, np.where(known, CONSTANT, like), np.where(known, value, scale), slope
         )
+
+    def _zero_factor(
+        self, step: Step, contents: Mapping[int, Content]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return which new units are zero since a factor or dividend is, and how that one moves."""
+        none = np.zeros(len(self.new), dtype=bool)
+        packet, factors = step.func.overloadpacket, list(contents.values())
+        if packet in _QUOTIENTS:
+            factors = [contents[0]] if 0 in contents else []
+            if any(c.zero().any() for slot, c in contents.items() if slot):
+                fact = f"divides by new units that are zero in {step.mode} mode"
+                self.blocked.append(f"{step.where} {fact}")
+        elif packet not in _PRODUCTS:
+            factors = []
+        zero = np.any([none, *(c.zero() for c in factors)], axis=0)
+        moved = [c.slope for c in factors]
+        return zero, np.select([c.zero() for c in factors], moved, 1.0) if moved else none
 
     def _as_numbers(self, step: Step, slot: int, content: Content) -> Content:
         """Return the content of an input, a parameter's one number rather than what it is like."""
@@ -567,6 +600,8 @@ class Follower:
             return value, slope
         leaves: dict[int, Tensor] = {}
         masks = _masks(step)
+        computed = [slot for slot in contents if self._source(step, slot) is None]
+        moving = computed or list(contents)  # a weight that is computed moves with its parameters
 
         def operand(a: object) -> object:
             if not isinstance(a, Slot):
@@ -578,7 +613,7 @@ class Follower:
             if a.number in masks:
                 return made != 0
             made.requires_grad_()
-            if self._source(step, a.number) is None:
+            if a.number in moving:
                 leaves[a.number] = made
             return made * 1
 
@@ -596,7 +631,8 @@ class Follower:
         moved = np.zeros(int(constant.sum()))
         for slot, grad in zip(leaves, grads, strict=False):
             if grad is not None:
-                moved = moved + grad.numpy() * contents[slot].slope[constant]
+                rate = torch.from_numpy(contents[slot].slope[constant])
+                moved = moved + (grad * rate).numpy()  # NumPy would warn of roots at zero
         slope[constant] = moved
         return value, slope
 

@@ -190,8 +190,7 @@ def _extent(place: Place, values: list[tuple[str, fx.Node]]) -> tuple[int, int]:
     """Return how many units the new layer has, and over how many dims it is to convolve."""
     module = place.module
     if is_layer(module):
-        weight = place.graph.state[f"{place.path}.weight"]
-        return width(module), weight.dim() - 2
+        return width(module), len(getattr(module, "kernel_size", ()))
     found = {_shape(place, mode, node) for mode, node in values}
     if len(found) > 1:
         place.refuse(
@@ -223,7 +222,7 @@ def _like(place: Place, values: list[tuple[str, fx.Node]]) -> Tensor:
     """Return the weight whose type and device the new tensors get: the nearest one."""
     state = place.graph.state
     if is_layer(place.module):
-        return state[f"{place.path}.weight"]
+        return next(t for path, t in state.items() if path.startswith(f"{place.path}."))
     for node in _upstream(values[0][1]):
         for path, tensor in state.items():
             owner = path.rpartition(".")[0]

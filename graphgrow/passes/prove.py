@@ -71,12 +71,16 @@ def judge(follower: Follower, narrow: Mapping[str, Tensor]) -> Verdict:
     lines: dict[tuple[str, str], list[str]] = {}
     rounded: frozenset[str] = frozenset()
     made_up = compensated(follower)
-    reason = made_up.reason or _moved(follower, narrow)
+    blocked = next(iter(follower.blocked), None)
+    reason = blocked or made_up.reason or _moved(follower, narrow)
     if reason is not None:
         return Verdict(reason)
     for arrival in follower.statistics:
         if (text := _unchanged(arrival.content)) is not None:
             lines.setdefault((arrival.step.where, text), []).append(arrival.step.mode)
+    for step in follower.windowed:
+        text = "new units are zero wherever old ones have them in their windows"
+        lines.setdefault((step.where, text), []).append(step.mode)
     for arrival in follower.arrivals:
         found = _judged(follower, arrival, narrow)
         if found.reason is not None:

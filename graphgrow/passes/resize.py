@@ -115,6 +115,12 @@ def _sizes(graph: Graph, path: str, inputs: tuple[Layout, ...], widths: Mapping[
     module, analysis = graph.modules[path], graph.analysis
     names = [*module._parameters, *module._buffers]
     found = {n: analysis.state[f"{path}.{n}"] for n in names if f"{path}.{n}" in analysis.state}
+    inside = f"{path}.parametrizations"
+    state = graph.state if inside in graph.modules else {}
+    originals = [at for at in state if at.startswith(f"{inside}.")]
+    for at in sorted(originals, key=lambda at: state[at].numel()):
+        # of what a weight is computed from, the largest has its sizes
+        found[at.removeprefix(f"{inside}.").partition(".")[0]] = analysis.state[at]
     return Sizes(found, inputs, analysis.widths(), widths)
 
 

@@ -411,7 +411,9 @@ class _Fill:
     def _biases(self, kinds: set[Kind], paths: tuple[str, ...] | None = None) -> set[ParameterDim]:
         found = set()
         for step, parts in self._parts(kinds):
-            if paths is not None and not any(part and part.path in paths for part in parts):
+            computed = (self.resized.analysis.computed.get(n, ()) for n in step.inputs)
+            met = {part.path for part in parts if part}.union(*computed)
+            if paths is not None and met.isdisjoint(paths):
                 continue
             at = 2 if step.row.kind is Kind.NORM else _bias_position(step)
             if at is not None and at < len(parts) and parts[at] is not None:

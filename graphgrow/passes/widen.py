@@ -73,14 +73,11 @@ class Widen:
             return (MeanFill(), Copy())
         if is_averaged(analysis, axis.name):
             return (ZeroIncoming(), MeanFill(), Copy())
+        if any(analysis.windows(step, axis.name) for step in analysis.touching(axis.name)):
+            return (ZeroIncoming(), *_alone(axis))
         even = (Pairs(),) if self.units % 2 == 0 else ()
-        paths = tuple(at.path for at in axis.producers)
-        factors = [(path,) for path in paths[1:] + paths[:1]] if len(paths) > 1 else []
-        if len(paths) > 2:  # layers that share a rotary table: the keys of all, or all queries
-            factors += [paths[1::2], paths[::2]]
-        alone = (ZeroIncoming(paths=chosen) for chosen in factors)
         parts = (ZeroOutgoing(factor=factor) for factor in _factors(axis, analysis))
-        return (ZeroOutgoing(), ZeroIncoming(), *alone, *parts, *even, Copy())
+        return (ZeroOutgoing(), ZeroIncoming(), *_alone(axis), *parts, *even, Copy())
 
     def _checked(self, graph: Graph) -> Axis:
         axis = graph.axis(self.axis)
@@ -121,6 +118,15 @@ class Widen:
         lost = rounding(inexact, graph.state)
         proof = Proof(str(chosen), lines=verdict.lines, rounding=lost)
         return Edit(grown, proof, origin)
+
+
+def _alone(axis: Axis) -> Iterator[Scheme]:
+    """Yield the schemes in which one of several layers that write an axis is zero, or some are."""
+    paths = tuple(at.path for at in axis.producers)
+    chosen = [(path,) for path in paths[1:] + paths[:1]] if len(paths) > 1 else []
+    if len(paths) > 2:  # layers that share a rotary table: the keys of all, or all queries
+        chosen += [paths[1::2], paths[::2]]
+    yield from (ZeroIncoming(paths=some) for some in chosen)
 
 
 def _factors(axis: Axis, analysis: Analysis) -> Iterator[tuple[str, str, int]]:
