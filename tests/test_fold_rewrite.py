@@ -129,3 +129,27 @@ def test_what_has_to_stay_is_said(at: str, said: str) -> None:
     graph = gg.trace(model, torch.randn(5, 3))
     obstacle = gg.Fold(at).obstacle(graph)
     assert obstacle is not None and said in obstacle
+
+
+class Decoding(nn.Module):
+    """Reads the weight of its first layer, and of the one that could be multiplied into, again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = (nn.Linear(3, 3) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.second(self.first(x)).tanh()
+        return self.last(hidden @ self.first.weight.T).tanh()
+
+
+def test_a_layer_whose_weight_is_read_elsewhere_stays_as_it_is() -> None:
+    torch.manual_seed(0)
+    graph = gg.trace(Decoding().double(), torch.randn(2, 3, dtype=torch.double))
+    said = gg.Fold("first").obstacle(graph)
+    assert said is not None and "'first.weight' is read outside of it too" in said
+    assert gg.Fold("second").obstacle(graph) is not None  # into the first
+    tied = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3)).double()
+    tied[3].weight = tied[0].weight
+    graph = gg.trace(tied, torch.randn(2, 3, dtype=torch.double))
+    assert gg.Fold("1").obstacle(graph) is not None

@@ -17,11 +17,11 @@ from graphgrow.passes.identity import Identity, is_activation
 from graphgrow.passes.layers import Factor
 from graphgrow.passes.place import Insertion, Layer, Part, Place, first_input, input_dim, is_layer
 from graphgrow.passes.prove import Proof
-from graphgrow.passes.rewrite import Edit, TensorOrigin, refusal
+from graphgrow.passes.rewrite import Edit, Rewrite, TensorOrigin
 
 
 @dataclass(frozen=True)
-class Deepen:
+class Deepen(Rewrite):
     """Insert a layer that computes the identity at a module: each time that it is called.
 
     `at` is the path of a linear or convolution layer, before which the layer goes, or of an
@@ -49,10 +49,6 @@ class Deepen:
             if node.op == "call_module"
         }
         return [p for p in called if is_layer(graph.modules[p]) or is_activation(graph.modules[p])]
-
-    def obstacle(self, graph: Graph) -> str | None:
-        """Return the sentence that says why no layer can be inserted so, None where it can."""
-        return refusal(self, graph)
 
     def edit(self, graph: Graph) -> Edit:
         """Return the edit of `graph`. Raises NotApplicable with the obstacle's sentence."""

@@ -19,14 +19,14 @@ from graphgrow.passes.identity import is_activation
 from graphgrow.passes.place import first_input, is_layer
 from graphgrow.passes.prove import Proof, rounding
 from graphgrow.passes.ranges import Box, domain, ranges
-from graphgrow.passes.rewrite import Edit, TensorOrigin, refusal
+from graphgrow.passes.rewrite import Edit, Rewrite, TensorOrigin
 
 _SUMS = ("add", "iadd", "add_", "__add__")
 _QUIET = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.ReLU, nn.GELU)
 
 
 @dataclass(frozen=True)
-class Fold:
+class Fold(Rewrite):
     """Take the module at a path out of the graph, where what it does can be done without.
 
     A layer of zeros goes together with the branch that it ends; an identity layer, a dropout that
@@ -49,10 +49,6 @@ class Fold:
         """Return the paths of the modules that are called once in each mode."""
         return [path for path in sorted(graph.leaves) if len(_calls(graph, path)) == 2]
 
-    def obstacle(self, graph: Graph) -> str | None:
-        """Return the sentence that says why the module has to stay, None where it can go."""
-        return refusal(self, graph)
-
     def edit(self, graph: Graph) -> Edit:
         """Return the edit of `graph`. Raises NotApplicable with the obstacle's sentence."""
         if self.at not in graph.leaves or len(calls := _calls(graph, self.at)) != 2:
@@ -61,6 +57,8 @@ class Fold:
                 "one that Fold.places lists"
             )
         place = _Place(graph, self.at, graph.modules[self.at], calls, box=self.box)
+        if (tensor := place.read_elsewhere()) is not None:
+            place.refuse(f"'{tensor}' is read outside of it too, where it would be missing")
         tried = ((how, rule(place)) for how, rule in _RULES.items())
         how, found = next(((h, f) for h, f in tried if f is not None), ("", None))
         if found is None:
@@ -119,7 +117,17 @@ class _Place:
         }
         if len(paths) != 1 or len(calls := _calls(self.graph, path := paths.pop())) != 2:
             return None
-        return _Place(self.graph, path, self.graph.modules[path], calls)
+        layer = _Place(self.graph, path, self.graph.modules[path], calls)
+        return layer if layer.read_elsewhere() is None else None
+
+    def read_elsewhere(self) -> str | None:
+        """Return a tensor of the module that is read by other means than its call, if one is."""
+        paths = [path for path in self.graph.state if path.startswith(f"{self.path}.")]
+        read = [n for s in (self.graph.train, self.graph.eval) for n in s.nodes]
+        found = {str(node.target) for node in read if node.op == "get_attr"}
+        tied = self.graph.analysis.tied
+        others = {tied[path] for path in self.graph.state if path not in paths or path in found}
+        return next((path for path in paths if tied[path] in others), None)
 
 
 @dataclass(frozen=True, eq=False)

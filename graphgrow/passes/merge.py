@@ -12,12 +12,12 @@ from graphgrow.ir.analyse import Axis, ParameterDim
 from graphgrow.ir.graph import Graph
 from graphgrow.passes.ranges import Box, Ranges
 from graphgrow.passes.remove import Remove, bounds, is_removable
-from graphgrow.passes.rewrite import Edit, free_axes, refusal
+from graphgrow.passes.rewrite import Edit, Rewrite, free_axes
 from graphgrow.passes.units import Resized
 
 
 @dataclass(frozen=True)
-class Merge:
+class Merge(Rewrite):
     """Remove every unit of an axis that does nothing of its own, exactly.
 
     Those are units that nothing reads, that equal another or are a multiple of one, or that hold a
@@ -34,10 +34,6 @@ class Merge:
     def places(graph: Graph) -> list[str]:
         """Return the axes that have no obstacle of their own."""
         return free_axes(graph)
-
-    def obstacle(self, graph: Graph) -> str | None:
-        """Return the sentence that says why nothing can be merged, None where something can."""
-        return refusal(self, graph)
 
     def edit(self, graph: Graph) -> Edit:
         """Return the edit of `graph`. Raises NotApplicable with the obstacle's sentence."""

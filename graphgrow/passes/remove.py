@@ -21,7 +21,7 @@ from graphgrow.passes.follow import Arrival, Follower, Reduction
 from graphgrow.passes.prove import Proof, Verdict, judge, old_entries, per_output, rounding
 from graphgrow.passes.ranges import CLIPS, Box, Ranges, domain, is_bounded, ranges
 from graphgrow.passes.resize import resize
-from graphgrow.passes.rewrite import Edit, free_axes, refusal
+from graphgrow.passes.rewrite import Edit, Rewrite, free_axes
 from graphgrow.passes.units import Resized, gather, times
 
 
@@ -50,7 +50,7 @@ class Absorb:
 
 
 @dataclass(frozen=True)
-class Remove:
+class Remove(Rewrite):
     """Remove the numbered `units` of an axis.
 
     Exact where a unit's outgoing weights are zero, or the unit is a constant, equal to another or a
@@ -72,10 +72,6 @@ class Remove:
     def places(graph: Graph) -> list[str]:
         """Return the axes that have no obstacle of their own."""
         return free_axes(graph)
-
-    def obstacle(self, graph: Graph) -> str | None:
-        """Return the sentence that says why the units cannot be removed, None where they can."""
-        return refusal(self, graph)
 
     def edit(self, graph: Graph) -> Edit:
         """Return the edit of `graph`. Raises NotApplicable with the obstacle's sentence."""

@@ -47,7 +47,11 @@ class Rewrite(Protocol):
 
     def obstacle(self, graph: Graph) -> str | None:
         """Return the sentence that says why this cannot be applied, None where it can."""
-        ...
+        try:
+            self.edit(graph)
+        except NotApplicable as error:
+            return str(error)
+        return None
 
     def edit(self, graph: Graph) -> Edit:
         """Return the edit of `graph`. Raises NotApplicable with the obstacle's sentence."""
@@ -57,15 +61,6 @@ class Rewrite(Protocol):
 def free_axes(graph: Graph) -> list[str]:
     """Return the axes that have no obstacle of their own."""
     return [axis.name for axis in graph.axes.values() if axis.obstacle is None]
-
-
-def refusal(rewrite: Rewrite, graph: Graph) -> str | None:
-    """Return the sentence with which a rewrite refuses a graph, None where it takes it."""
-    try:
-        rewrite.edit(graph)
-    except NotApplicable as error:
-        return str(error)
-    return None
 
 
 @dataclass(frozen=True, eq=False)

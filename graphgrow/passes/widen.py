@@ -15,7 +15,7 @@ from graphgrow.passes.factors import listed
 from graphgrow.passes.follow import Follower, is_averaged
 from graphgrow.passes.prove import Proof, Verdict, judge, rounding
 from graphgrow.passes.resize import resize
-from graphgrow.passes.rewrite import Edit, TensorOrigin, free_axes, refusal
+from graphgrow.passes.rewrite import Edit, Rewrite, TensorOrigin, free_axes
 from graphgrow.passes.units import Resized, gather, inserted, is_new, times
 from graphgrow.passes.weights import Copy, MeanFill, Pairs, Scheme, ZeroIncoming, ZeroOutgoing
 
@@ -24,7 +24,7 @@ MOST_PARTS = 4
 
 
 @dataclass(frozen=True)
-class Widen:
+class Widen(Rewrite):
     """Insert `units` new units into an axis, before unit `at` (at the end if left out).
 
     `axis` is the axis' name, or the path of any module that produces it. `weights` says how the new
@@ -45,10 +45,6 @@ class Widen:
     def places(graph: Graph) -> list[str]:
         """Return the axes that have no obstacle of their own."""
         return free_axes(graph)
-
-    def obstacle(self, graph: Graph) -> str | None:
-        """Return the sentence that says why the axis cannot be widened so, None where it can."""
-        return refusal(self, graph)
 
     def edit(self, graph: Graph) -> Edit:
         """Return the edit of `graph`. Raises NotApplicable with the obstacle's sentence."""
