@@ -121,7 +121,7 @@ MORE = {
     "timm/test_convnext": 6,
     "transformers/bert": 7,
     "transformers/gpt2": 6,
-    "transformers/llama": 8,
+    "transformers/llama": 10,
     "transformers/t5": 13,
     "transformers/vit": 7,
     "segmentation_models_pytorch/pspnet-resnet18": 11,

@@ -467,7 +467,8 @@ class Follower:
         numbers = {slot: self._as_numbers(step, slot, c) for slot, c in contents.items()}
         constant = np.all([c.constant() for c in numbers.values()], axis=0)
         value, slope = self._evaluated(step, numbers, constant)
-        slope = np.where(zero & ~constant, moved, slope)
+        # how much and which way other factors move it is not known, so it must not cancel in sums
+        slope = np.where(zero & ~constant, moved != 0, slope)
         known = constant & ~np.isnan(value)
         if all(self._source(step, slot) is not None for slot in slots):
             known &= like == self.new  # of parameters alone, who is like whom says more
