@@ -7,8 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from types import ModuleType
 
-from torch import nn
-from torch.library import define
+from torch import library, nn
 
 # One model of every family whose code takes a path of its own; the others repeat these. MaxViT is
 # drawn small by `small_maxvit`, and Inception, for large images only, has auxiliary heads as
@@ -84,7 +83,7 @@ def torchvision() -> ModuleType:
     except RuntimeError:  # the build for another kind of torch: no compiled operators
         for operator in ("nms", "qnms"):
             arguments = "(Tensor dets, Tensor scores, float threshold) -> Tensor"
-            define(f"torchvision::{operator}", arguments)
+            library.define(f"torchvision::{operator}", arguments)
         import torchvision
     return torchvision
 
