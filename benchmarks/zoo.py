@@ -259,8 +259,10 @@ def widened(model: nn.Module, graph: gg.Graph, inputs: architectures.Inputs, mos
     found["back"] = gap(graph, back(graph, together, more, at_end=True))
     found["alone"] = found["zeros"] = 0
     found["alone_difference"] = 0.0
-    for name in [*apart, *sampled(fits, most)]:
-        alone = gg.apply(graph, gg.Widen(name, units), verify=False).graph
+    for name in [*apart, *sampled(list(more), most)]:
+        count = more.get(name, units)
+        widen = gg.Widen(name, count, weights=None if count == units else gg.Copy())
+        alone = gg.apply(graph, widen, verify=False).graph
         moved = gg.compare(remembered, alone, **inputs).relative
         found["alone"] += 1
         found["alone_difference"] = max(found["alone_difference"], moved)
