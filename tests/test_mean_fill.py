@@ -97,16 +97,46 @@ def test_dropout_in_the_stream_is_refused() -> None:
     assert "LayerNorm 'blocks.0.norm2'" in said and "train mode" in said
 
 
-def test_layer_scale_is_followed_while_it_is_one_number() -> None:
+@pytest.mark.parametrize("units", [1, 5])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("zero", [False, True])
+def test_what_a_trained_layer_scale_multiplies_is_the_mean_with_its_weights(
+    units: int, dtype: torch.dtype, zero: bool
+) -> None:
+    model = fill(Transformer(scale=0.1), 1).to(dtype)
+    if zero:
+        with torch.no_grad():
+            model.get_parameter("blocks.0.scale")[2] = 0
+    graph = gg.trace(model, images().to(dtype))
+    grown = gg.apply(graph, gg.Widen("patches", units))
+    most = 1e-12 if dtype == torch.float64 else grown.proof.rounding
+    assert most < 1e-4
+    assert gg.compare(model, grown.graph, images(5).to(dtype)).relative <= most
+    scale = gg.lower(grown.graph).get_parameter("blocks.0.scale")
+    assert torch.allclose(scale[6:], scale[:6].square().mean().sqrt())
+    back = gg.apply(grown.graph, gg.Remove("patches", tuple(range(6, 6 + units)))).graph
+    assert gg.compare(model, back, images(5).to(dtype)).relative <= most
+
+
+def test_a_unit_that_is_another_mean_than_its_scale_asks_for_is_not_removed() -> None:
     model = fill(Transformer(scale=0.1).double(), 1)
-    said = gg.Widen("patches", 3).obstacle(gg.trace(model, images()))
-    assert said is not None and "LayerNorm 'blocks.1.norm1'" in said
+    grown = gg.apply(gg.trace(model, images()), gg.Widen("patches", 2)).graph
+    wider = gg.lower(grown)
+    with torch.no_grad():
+        wider.get_parameter("blocks.0.scale")[6:] *= 1.5
+    said = gg.Remove("patches", (6, 7)).obstacle(gg.trace(wider, images()))
+    assert said is not None and "removed ones are neither the mean of the others nor" in said
+
+
+def test_an_even_layer_scale_needs_no_other_weights() -> None:
+    model = fill(Transformer(scale=0.1).double(), 1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("scale"):
-                parameter.fill_(0.1)
+                parameter.fill_(-0.1)
     grown = gg.apply(gg.trace(model, images()), gg.Widen("patches", 3)).graph
     assert gg.compare(model, grown, images(5)).relative <= 1e-12
+    assert gg.lower(grown).get_parameter("blocks.0.scale").unique().numel() == 1
 
 
 def test_units_that_are_not_the_mean_are_not_removed() -> None:

@@ -19,12 +19,13 @@ from torch.utils._pytree import tree_map
 
 from graphgrow.ir.analyse import Analysis, ParameterDim, Slot, Source, Step
 from graphgrow.ir.rules import Kind, Window, aten
+from graphgrow.passes.mixtures import MEAN, Mixtures
 from graphgrow.passes.parts import Parts
 from graphgrow.passes.ranges import Ranges
 from graphgrow.passes.units import Resized
 from graphgrow.passes.windows import disturbance
 
-CONSTANT, MEAN = -1, -2
+CONSTANT = -1
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +33,7 @@ class Content:
     """What new units hold in one tensor: `scale` times unit `like`, or where that is −1 `scale`.
 
     Units are positions in the wider axis. A unit that is like itself is arbitrary, one that is like
-    −2 the mean of the old ones. `slope` says
+    −2 the mean of the old ones, below that a mean with weights (`Mixtures`). `slope` says
     how a constant moves with the weights that write it, per unit of its pre-activation; zero means
     that those weights get no gradient. `units` are the new units themselves.
     """
@@ -50,6 +51,10 @@ class Content:
     def mean(self) -> np.ndarray:
         """Return which units hold the mean of the old ones."""
         return self.like == MEAN
+
+    def mixed(self) -> np.ndarray:
+        """Return which units hold a mean of the old ones, with any weights."""
+        return self.like <= MEAN
 
     def zero(self) -> np.ndarray:
         """Return which units are zero."""
@@ -104,6 +109,7 @@ class Follower:
         self.held = resized.analysis.holding.get(resized.axis, frozenset())
         # only norms and means over units ask whether some are the mean of the others
         self.averages = is_averaged(resized.analysis, resized.axis)
+        self.mixtures = Mixtures(resized, self.slices, scaled=self.averages)
         self._means: dict[int, int] = {}
         self._silent: set[ParameterDim] = set()
         self._parts: dict[int, Parts] = {}
@@ -255,13 +261,10 @@ class Follower:
         return Content(self.new, self.new.copy(), np.ones(count), np.ones(count))
 
     def _of_source(self, source: Source) -> Content:
-        contents = [
-            self._of_entries(self.slices(ParameterDim(source.path, d)))
-            for d in self.resized.dims(source.path)
-        ]
-        return self._joined(contents)
+        dims = [ParameterDim(source.path, d) for d in self.resized.dims(source.path)]
+        return self._joined([self._of_entries(self.slices(at), at) for at in dims])
 
-    def _of_entries(self, entries: Tensor) -> Content:
+    def _of_entries(self, entries: Tensor, at: ParameterDim) -> Content:
         """Return what entries by unit are: one number, a multiple of a unit, or their own."""
         mine, like, scale = entries[torch.from_numpy(self.new)], *self.guess
         uniform = (mine == mine[:, :1]).all(1).numpy()
@@ -273,23 +276,27 @@ class Follower:
             dtype=bool,
         )
         first = mine[:, 0].double().numpy() if mine.shape[1] else np.zeros(len(self.new))
-        mean = self._averaged(entries)
+        code = self._averaged(entries, at)
+        mean = code <= MEAN
         return Content(
             self.new,
-            np.where(mean, MEAN, np.where(alike, like, np.where(uniform, CONSTANT, self.new))),
+            np.where(mean, code, np.where(alike, like, np.where(uniform, CONSTANT, self.new))),
             np.where(mean | alike | ~uniform, 1.0, first),
             np.ones(len(self.new)),
         )
 
-    def _averaged(self, entries: Tensor) -> np.ndarray:
-        """Return for which new units the entries are the mean of the old units' ones."""
+    def _averaged(self, entries: Tensor, at: ParameterDim) -> np.ndarray:
+        """Return which mean of the old units' entries those of each new unit are, 0 for none."""
+        found = np.zeros(len(self.new), dtype=int)
         if not self.averages or not entries.is_floating_point():
-            return np.zeros(len(self.new), dtype=bool)
+            return found
         old, new = (entries[torch.from_numpy(units)] for units in (self.old, self.new))
         size = max(float(old.abs().max()) if old.numel() else 0.0, 1e-300)
-        gap = (new - old.mean(0, keepdim=True)).abs()
         eps = max(self._eps(), torch.finfo(torch.double).eps)
-        return (gap <= 8 * eps * size).reshape(len(new), -1).all(1).numpy()
+        for code in reversed(self.mixtures.asked(at)):
+            gap = (new - torch.from_numpy(self.mixtures.weights(code)) @ old.double()).abs()
+            found[(gap <= 8 * eps * size).reshape(len(new), -1).all(1).numpy()] = code
+        return found
 
     def _joined(self, contents: list[Content]) -> Content:
         """Return what holds in all of several tensors.
@@ -407,7 +414,7 @@ class Follower:
         lost = joined.constant() & (joined.scale != 0) & (row.keeps != "any")
         lost |= joined.constant() & (row.keeps == "none")
         if step.func.overloadpacket not in _AVERAGES and row.kind not in (Kind.MOVE, Kind.GATHER):
-            lost |= joined.mean()
+            lost |= joined.mixed()
         if not row.homogeneous:
             lost |= ~joined.constant() & (joined.scale != 1)
         lost |= ~joined.constant() & (joined.scale < 0) & (row.kind is not Kind.MOVE)
@@ -459,11 +466,13 @@ class Follower:
             for slot in slots:
                 if contents[slot].zero().all():
                     self._note_silent(step, 1 - slot)
-        mean = self._mean_kept(step, contents)
+        code = self._mean_kept(step, contents)
+        mean = code <= MEAN
         if self._is_centred(step):
-            like, scale = np.where(mean, CONSTANT, like), np.where(mean, 0.0, scale)
-        else:
-            like, scale = np.where(mean, MEAN, like), np.where(mean, 1.0, scale)
+            mean = code == MEAN
+            code = np.where(mean, CONSTANT, code)
+        like = np.where(mean, code, like)
+        scale = np.where(mean, np.where(code == CONSTANT, 0.0, 1.0), scale)
         numbers = {slot: self._as_numbers(step, slot, c) for slot, c in contents.items()}
         constant = np.all([c.constant() for c in numbers.values()], axis=0)
         value, slope = self._evaluated(step, numbers, constant)
@@ -502,19 +511,30 @@ class Follower:
         return self._masked(~np.isnan(held), np.nan_to_num(held))
 
     def _mean_kept(self, step: Step, contents: Mapping[int, Content]) -> np.ndarray:
-        """Return which new units are still the mean: after sums, and products with one number."""
-        packet, none = step.func.overloadpacket, np.zeros(len(self.new), dtype=bool)
+        """Return which mean new units are after sums, and after products with one number each."""
+        packet, none = step.func.overloadpacket, np.zeros(len(self.new), dtype=int)
         if not self.averages or packet not in _LINEAR | _PRODUCTS | _QUOTIENTS:
             return none
         if packet in _LINEAR:
-            return np.all([c.mean() for c in contents.values()], axis=0)
+            first, *others = [c.like for c in contents.values()]
+            same = np.all([first <= MEAN, *(like == first for like in others)], axis=0)
+            return np.where(same, first, 0)
         sources = {slot: self._source(step, slot) for slot in contents}
         computed = [slot for slot, source in sources.items() if source is None]
         if len(computed) != 1 or (packet in _QUOTIENTS and computed != [0]):
             return none
-        if not all(_uniform(self._entries(s)) for s in sources.values() if s is not None):
+        codes = contents[computed[0]].like
+        entries = [self._entries(s) for s in sources.values() if s is not None]
+        if all(map(_uniform, entries)):
+            return np.where(codes <= MEAN, codes, 0)
+        if packet in _QUOTIENTS or len(entries) != 1 or entries[0].shape[1] != 1:
             return none
-        return contents[computed[0]].mean()
+        (scale,) = entries[0].T.double().numpy()
+        scaled = [
+            self.mixtures.scaled(c, scale[self.old], scale[u]) if c <= MEAN else None
+            for u, c in zip(self.new, codes, strict=True)
+        ]
+        return np.array([code or 0 for code in scaled], dtype=int)
 
     def _is_over_units_alone(self, step: Step) -> bool:
         values = self.resized.analysis.values[step.inputs[0]]
@@ -578,7 +598,7 @@ class Follower:
             computed, carried = list(contents.values()), []
         for k, u in enumerate(self.new):
             i, s = computed[0].like[k], computed[0].scale[k]
-            if i in (u, CONSTANT, MEAN):
+            if i == u or i < 0:
                 continue
             if any(c.like[k] != i or c.scale[k] != s for c in computed[1:]):
                 continue
@@ -776,7 +796,8 @@ class Follower:
             equal = all(c.like[k] == i and c.scale[k] == 1 for c in computed)
             if (
                 equal
-                and i not in (u, CONSTANT, MEAN)
+                and i not in (u, CONSTANT)
+                and i > MEAN
                 and all(torch.equal(e[u], e[i]) for e in carried)
             ):
                 like[k] = i
@@ -817,10 +838,11 @@ class Follower:
             ],
             dtype=bool,
         )
-        mean = self._averaged(both)
+        code = self._averaged(both, ParameterDim(source.path, dims[0]))
+        mean = code <= MEAN
         return Content(
             self.new,
-            np.where(mean, MEAN, np.where(zero, CONSTANT, np.where(fits, like, self.new))),
+            np.where(mean, code, np.where(zero, CONSTANT, np.where(fits, like, self.new))),
             np.where(mean, 1.0, np.where(zero, value, np.where(fits, scale, 1.0))),
             np.ones(len(self.new)),
         )
@@ -869,8 +891,9 @@ class Follower:
             u, i = self.new[k], content.like[k]
             if i == CONSTANT:
                 constant = constant + content.scale[k] * columns[u]
-            elif i == MEAN:
-                total[torch.from_numpy(self.old)] += total[u] / len(self.old)
+            elif i <= MEAN:
+                weights = torch.from_numpy(self.mixtures.weights(i))[:, None]
+                total[torch.from_numpy(self.old)] += weights.to(total) * total[u]
             elif i != u:
                 total[i] = total[i] + content.scale[k] * total[u]
             else:

@@ -190,8 +190,8 @@ def _line(arrival: Arrival, reduction: Reduction) -> str:
     parts = []
     if copies:
         parts.append(f"{copies} multiples of other units, their columns of '{at}' add up")
-    if content.mean().any():
-        parts.append(f"{int(content.mean().sum())} means, whose columns of '{at}' are spread")
+    if content.mixed().any():
+        parts.append(f"{int(content.mixed().sum())} means, whose columns of '{at}' are spread")
     if content.constant().any():
         parts.append(f"{int(content.constant().sum())} constant units")
     if len(reduction.own):

@@ -19,6 +19,7 @@ from graphgrow.errors import NotApplicable
 from graphgrow.ir.analyse import ParameterDim, Slot
 from graphgrow.ir.rules import Kind
 from graphgrow.passes.follow import SUMS, Follower
+from graphgrow.passes.mixtures import scales, weights_before
 from graphgrow.passes.units import Resized, resized_state
 
 
@@ -308,14 +309,29 @@ class _Fill:
             self._write(at, self.resized.new, values)
 
     def means(self) -> None:
-        """Make all that writes or carries new units the mean over the old ones."""
+        """Make all that writes or carries new units the mean over the old ones.
+
+        What a scale multiplies that differs between units is the mean with that scale's weights.
+        """
+        weights, scaling = dict[ParameterDim, Tensor](), set[ParameterDim]()
+        for scale, written in scales(self.resized).items():
+            old = self._read(scale, self.resized.old)
+            if old.shape[1] == 1 and (old != old[:1]).any():
+                weights.update(dict.fromkeys(written, self._scale(scale)))
+                scaling.add(scale)
         for at in self.axis.producers + self.axis.carriers:
             old, new = self._read(at, self.resized.old), self._read(at, self.resized.new)
-            if old.is_floating_point():
-                mean = old.double().mean(0, keepdim=True)
+            if old.is_floating_point() and at not in scaling:
                 same = (old == old[:1]).all(0, keepdim=True)  # the mean of equals, unrounded
-                values = torch.where(same, old[:1].double(), mean)
-                self._write(at, self.resized.new, values.expand_as(new))
+                mean = torch.where(same, old[:1].double(), old.double().mean(0, keepdim=True))
+                mean = weights[at].to(old.device) @ old.double() if at in weights else mean
+                self._write(at, self.resized.new, mean.expand_as(new))
+
+    def _scale(self, at: ParameterDim) -> Tensor:
+        """Give new units the root mean square of a scale; return the weights that this asks for."""
+        old, new = self._read(at, self.resized.old), self._read(at, self.resized.new)
+        self._write(at, self.resized.new, old.double().square().mean().sqrt().expand_as(new))
+        return torch.from_numpy(weights_before(old, self._read(at, self.resized.new)))
 
     def quiet(self) -> None:
         """Let the biases that are added to new units of a norm's output be zero."""
