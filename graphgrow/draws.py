@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -88,11 +89,16 @@ class Mean(Dispatch):
         if mean is not None:
             return mean(*args, **named)
         positional = list(args)
-        for place, argument in enumerate(func._schema.arguments):
-            if argument.name not in ("dropout_p", "dropout"):  # attention, recurrent kernels
-                continue
+        for place, name in _dropping(func):
             if place < len(positional):
                 positional[place] = 0.0
-            elif argument.name in named:
-                named[argument.name] = 0.0
+            elif name in named:
+                named[name] = 0.0
         return func(*positional, **named)
+
+
+@cache
+def _dropping(func: Any) -> list[tuple[int, str]]:
+    """Return the arguments of an operator (attention, recurrent kernels) that say what to drop."""
+    names = [argument.name for argument in func._schema.arguments]
+    return [(place, name) for place, name in enumerate(names) if name in ("dropout_p", "dropout")]

@@ -7,13 +7,13 @@ import math
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import numpy
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from graphgrow.dispatch import Dispatch
 from graphgrow.draws import Mean
@@ -89,7 +89,7 @@ def _outputs(
     model: nn.Module | Graph, training: bool, double: bool, inputs: tuple, kwargs: dict
 ) -> Any:
     """Return what a copy of `model` makes of a copy of the inputs in the given mode."""
-    module = copy.deepcopy(lower(model) if isinstance(model, Graph) else model).train(training)
+    module = _copied(model).train(training)
     args, named = tree_map_only(Tensor, lambda t: t.detach().clone(), (inputs, kwargs))
     if double:
         args, named = tree_map_only(Tensor, _doubled, (args, named))
@@ -103,6 +103,13 @@ def _outputs(
             + (", in float64 (double=False runs it as it is)" if double else "")
         )
         raise
+
+
+def _copied(model: nn.Module | Graph) -> nn.Module:
+    """Return a copy of a model, or a graph lowered over copies of its tensors."""
+    if not isinstance(model, Graph):
+        return copy.deepcopy(model)
+    return lower(replace(model, state=copy.deepcopy(dict(model.state))))
 
 
 def _precision(double: bool) -> AbstractContextManager[Any]:
@@ -134,9 +141,11 @@ class _Double(Dispatch):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
+        named = kwargs or {}
         if func.overloadpacket is not torch.ops.aten.view:  # reads the same bits as others
-            args, kwargs = tree_map(self._wider, (args, {**(kwargs or {})}))
-        return func(*args, **(kwargs or {}))
+            args = tuple(map(self._wider, args))
+            named = {name: self._wider(value) for name, value in named.items()}
+        return func(*args, **named)
 
     def _wider(self, value: Any) -> Any:
         return _DOUBLE.get(value, value) if isinstance(value, torch.dtype) else value

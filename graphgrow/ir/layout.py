@@ -412,12 +412,33 @@ class Layout:
             pieces.append(found)
         return np.concatenate(pieces)
 
+    def apart(self) -> tuple[tuple[str | int, ...], ...]:
+        """Return the terms with sums inside products multiplied out: a (b + c) is a b and a c."""
+        found: list[tuple[str | int, ...]] = []
+        for term in self.terms:
+            products: list[tuple[str | int, ...]] = [()]
+            for factor in term:
+                inner = factor.apart() if isinstance(factor, Layout) else ((factor,),)
+                products = [p + i for p in products for i in inner]
+            found += products
+        return tuple(found)
+
     def parts(self, widths: Mapping[str, int], counted_by: str) -> np.ndarray:
-        """Return the unit of an axis at every position; of "", the number of the term there."""
+        """Return the unit of an axis at every position; of "", which of `apart` lies there."""
         if counted_by:
             return self.units(widths, counted_by)
-        sizes = [Layout((term,)).size(widths) for term in self.terms]
-        return np.repeat(np.arange(len(sizes)), sizes)
+        pieces, count = [np.zeros(0, dtype=np.int64)], 0
+        for term in self.terms:
+            found, products = np.zeros(1, dtype=np.int64), 1
+            for factor in term:
+                inner, choices = np.zeros(_width(factor, widths), dtype=np.int64), 1
+                if isinstance(factor, Layout):
+                    inner, choices = factor.parts(widths, ""), len(factor.apart())
+                found = (found[:, None] * choices + inner[None, :]).reshape(-1)
+                products *= choices
+            pieces.append(found + count)
+            count += products
+        return np.concatenate(pieces)
 
     def __str__(self) -> str:
         text = " + ".join(" ".join(str(f) for f in term) or "1" for term in self.terms)

@@ -27,7 +27,7 @@ class Part:
 
 @dataclass(frozen=True, eq=False)
 class Parts:
-    """The terms of a value's dim that has the axis, None for those without it."""
+    """The terms of a value's dim that has the axis (`Layout.apart`), None for those without it."""
 
     axis: str
     terms: tuple[Part | None, ...]
@@ -35,16 +35,14 @@ class Parts:
     @staticmethod
     def of(layout: Layout, axis: str, widths: Mapping[str, int], zero: np.ndarray) -> Parts:
         """Return the parts of a dim; `zero` lists the places of the axis in it, in order."""
+        first = layout.units(widths, axis) == 0
+        numbers = layout.parts(widths, "")[first]
         terms: list[Part | None] = []
-        for term in layout.terms:
+        for number, term in enumerate(layout.apart()):
             factors = tuple(f for f in term if f != axis)
-            if axis not in term or any(isinstance(f, Layout) for f in factors):
-                terms.append(None)
-                continue
-            sizes = [widths[f] if isinstance(f, str) else int(str(f)) for f in factors]
-            count = int(np.prod(sizes))
-            terms.append(Part(factors, zero[:count].reshape(sizes)))
-            zero = zero[count:]
+            sizes = [widths[f] if isinstance(f, str) else f for f in factors]
+            found = zero[numbers == number]
+            terms.append(Part(factors, found.reshape(sizes)) if axis in term else None)
         return Parts(axis, tuple(terms))
 
     def all_zero(self) -> bool:
@@ -77,7 +75,7 @@ class Parts:
             return [None for _ in after]
         if all(dims[at] == before[at] for dims in after):
             return [self for _ in after]
-        counts = [len(dims[at].terms) for dims in after]
+        counts = [len(dims[at].apart()) for dims in after]
         if sum(counts) != len(self.terms):
             return [None for _ in after]
         ends = np.cumsum(counts)
@@ -101,4 +99,4 @@ class Parts:
 
 
 def _count(dims: Sequence[Layout], axis: str) -> int:
-    return max((sum(axis in term for term in dim.terms) for dim in dims), default=0)
+    return max((sum(axis in term for term in dim.apart()) for dim in dims), default=0)

@@ -128,7 +128,7 @@ def _alone(axis: Axis) -> Iterator[Scheme]:
 def _factors(axis: Axis, analysis: Analysis) -> Iterator[tuple[str, str, int]]:
     """Yield the parts of parameters whose rows of one unit are packed: queries, keys, values."""
     for at in axis.producers:
-        terms = analysis.state[at.path][at.dim].terms
+        terms = analysis.state[at.path][at.dim].apart()
         holding = [k for k, term in enumerate(terms) if axis.name in term]
         if 1 < len(holding) <= MOST_PARTS:
             yield from ((at.path, "", k) for k in holding)
