@@ -183,6 +183,44 @@ class AttentionHeadsFirst(nn.Module):
         return self.o((weights @ v).transpose(1, 2).reshape(b, n, -1))
 
 
+@case((2, 5, 8), "qkv[0](2) qkv[1](4) qkv[3](5)")
+class AttentionPackedInHeads(nn.Module):
+    """Each head has its query, key and value one after the other, as in MaxViT."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.o = nn.Linear(8, 26), nn.Linear(10, 3)
+
+    def forward(self, x):
+        b, n, _ = x.shape
+        packed = self.qkv(x).view(b, n, 2, 13).transpose(1, 2)
+        q, k, v = packed.split([4, 4, 5], -1)
+        weights = (q @ k.transpose(-2, -1) * 0.5).softmax(-1)
+        return self.o((weights @ v).transpose(1, 2).reshape(b, n, -1))
+
+
+@case((2, 5, 8), "qkv[0](2) qkv[3](2) qkv[7](4)")
+class AttentionPackedInHeadsPartlyTurned(nn.Module):
+    """The same, and the first features of queries and keys are turned, as in GPT-NeoX."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.o = nn.Linear(8, 24), nn.Linear(8, 3)
+
+    def forward(self, x):
+        b, n, _ = x.shape
+        q, k, v = self.qkv(x).view(b, n, 2, 12).transpose(1, 2).chunk(3, -1)
+        angles = torch.arange(n, dtype=x.dtype)[:, None]
+
+        def turned(t):
+            first, second, rest = t[..., :1], t[..., 1:2], t[..., 2:]
+            cos, sin = angles.cos(), angles.sin()
+            return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], -1)
+
+        y = F.scaled_dot_product_attention(turned(q), turned(k), v)
+        return self.o(y.transpose(1, 2).reshape(b, n, -1))
+
+
 @case((2, 5, 8), "q[0](2) q[1](2) q[2](4) v[1](4)")
 class AttentionGqa(nn.Module):
     def __init__(self):
