@@ -221,6 +221,79 @@ class AttentionPackedInHeadsPartlyTurned(nn.Module):
         return self.o(y.transpose(1, 2).reshape(b, n, -1))
 
 
+class Standardised(nn.Conv2d):
+    """A convolution whose weight has mean zero and variance one in each row, as in BiT and NFNets.
+
+    `gain` multiplies rows; without it what reads the layer must make up for the number of columns.
+    """
+
+    def __init__(self, *sizes, gain=False, **kwargs):
+        super().__init__(*sizes, **kwargs)
+        self.gain = nn.Parameter(torch.ones(self.out_channels, 1, 1, 1)) if gain else None
+        self.eps, self.scale = 1e-3, self.weight[0].numel() ** -0.5
+
+    def forward(self, x):
+        rows = self.weight.reshape(1, self.out_channels, -1)
+        gain = None if self.gain is None else (self.gain * self.scale).view(-1)
+        rows = F.batch_norm(rows, None, None, gain, training=True, momentum=0.0, eps=self.eps)
+        return F.conv2d(x, rows.reshape_as(self.weight), self.bias, self.stride, self.padding)
+
+
+@case(
+    (2, 3, 6, 6),
+    "layers.0(6) layers.1(4)",
+    fixed={
+        f"layers.{i}.gain{dim}": "has width one and is reshaped"
+        for i in range(2)
+        for dim in ("", ".2", ".3")
+    },
+)
+class StandardisedWithGain(nn.Module):
+    def __init__(self):
+        super().__init__()
+        first, second = (
+            Standardised(3, 6, 3, padding=1, gain=True),
+            Standardised(6, 4, 3, gain=True),
+        )
+        self.layers, self.o = nn.ModuleList([first, second]), nn.Linear(4, 3)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = F.silu(layer(x))
+        return self.o(x.mean((2, 3)))
+
+
+@case(
+    (2, 3, 6, 6),
+    "a[0](2) b[0](2)",
+    fixed={"a[1]": "no copies of each as often", "b[1]": "no copies of each as often"},
+)
+class StandardisedWithoutGain(nn.Module):
+    """The next norm over units takes the factor, and its eps follows."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = Standardised(3, 6, 3, bias=False), Standardised(6, 4, 3, bias=False)
+        self.n, self.m, self.o = nn.GroupNorm(2, 6), nn.GroupNorm(2, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.o(self.m(self.b(F.silu(self.n(self.a(x))))).tanh().mean((2, 3)))
+
+
+@case((2, 3, 6, 6), "", fixed={"a": "'add' does not pass on the factor"})
+class StandardisedBeforeASum(nn.Module):
+    """Where the factor of the second layer meets a skip, nothing can take it back."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 6, 1), Standardised(6, 6, 3, bias=False, padding=1)
+        self.o = nn.Linear(6, 3)
+
+    def forward(self, x):
+        x = self.a(x)
+        return self.o((x + self.b(x)).tanh().mean((2, 3)))
+
+
 @case((2, 5, 8), "q[0](2) q[1](2) q[2](4) v[1](4)")
 class AttentionGqa(nn.Module):
     def __init__(self):

@@ -27,6 +27,7 @@ from graphgrow.ir.layout import ONE, Atom, Composition, Layout, Misaligned, free
 from graphgrow.ir.rows import RowInterpreter
 from graphgrow.ir.rules import (
     KERNEL,
+    OVER,
     SPATIAL,
     TAKEN_APART,
     Call,
@@ -62,8 +63,9 @@ class Step:
     """One ATen call of a run: operator, values in and out, and what it does with axes.
 
     `contracted` maps an input slot and dim to the axes that are summed over there; `batched` are
-    axes that both factors of a contraction keep, `mixed` those whose units a norm compares, and
-    `windows` the dims along which units are averaged with those beside them.
+    axes that both factors of a contraction keep, `mixed` those whose units a norm compares,
+    `standardised` those whose units' entries in a parameter it does, and `windows` the dims along
+    which units are averaged with those beside them.
     """
 
     mode: str
@@ -78,6 +80,7 @@ class Step:
     contracted: Mapping[tuple[int, int], frozenset[str]] = field(default_factory=dict)
     batched: frozenset[str] = frozenset()
     mixed: frozenset[str] = frozenset()
+    standardised: frozenset[str] = frozenset()
     bias: int | None = None
     border: bool = False
     windows: tuple[Window, ...] = ()
@@ -442,7 +445,7 @@ class _Watch(Dispatch):
 
     def _follow_computed(self, step: Step) -> None:
         """Note which parameters a value is computed from, if from nothing else."""
-        if step.row.kind not in (Kind.POINTWISE, Kind.MOVE, Kind.SUM) or not step.inputs:
+        if step.row.kind not in _ENTRYWISE or not step.inputs:
             return
         paths: set[str] = set()
         for number in step.inputs:
@@ -471,6 +474,10 @@ class _Watch(Dispatch):
                 inputs = (before, self.number(tensor))
                 step = Step(self.mode, self.node, self.where, func, (), {}, row, inputs, (after,))
                 self.steps.append((step, Outcome([self.dims[before]])))
+
+
+# what makes weights of parameters, entry by entry or row by row
+_ENTRYWISE = (Kind.POINTWISE, Kind.MOVE, Kind.SUM, Kind.NORM)
 
 
 def _is_packed(value: Any) -> bool:
@@ -570,6 +577,8 @@ class _Settled:
         for step, outcome in self.watch.steps:
             if [len(term) for term in layout.expand(outcome.mixed)] != [1]:
                 freeze(outcome.mixed, f"is normalised together with other axes by {step.where}")
+            if not step.inputs or step.inputs[0] not in self.watch.sources:
+                freeze(outcome.standardised, OVER)
             for slot, number in enumerate(step.inputs):
                 source = self.watch.sources.get(number)
                 if source is not None and step.row.kind is not Kind.MOVE:
@@ -690,6 +699,7 @@ class _Settled:
             contracted=contracted,
             batched=self._named(outcome.batched),
             mixed=self._named(outcome.mixed),
+            standardised=self._named(outcome.standardised),
         )
 
     def _named(self, parts: Composition) -> frozenset[str]:

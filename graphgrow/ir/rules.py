@@ -22,6 +22,7 @@ from graphgrow.ir.layout import ONE, Composition, Misaligned, freeze, fresh, uni
 aten = torch.ops.aten
 KERNEL = "is a kernel size"
 SPATIAL = "is a size computed by the model"
+OVER = "is normalised over"
 PADDING = "is padding"
 PIXELS = "is the side of a block of pixels"
 Dims = list[Composition]
@@ -95,8 +96,8 @@ class Outcome:
     `batched` is the layout that both factors keep; `bias` the slot of an added per-unit input;
     `border` is true where a constant unit adds something else than the sum of its weights: less
     near zero padding, a multiple where the product is scaled. `mixed` is the dim whose units a norm
-    compares with each other; `windows` are dims along which units are averaged with those beside
-    them.
+    compares with each other, `standardised` one that it may compare in a parameter, whose numbers
+    are known; `windows` are dims along which units are averaged with those beside them.
     """
 
     outs: Sequence[Dims]
@@ -105,6 +106,7 @@ class Outcome:
     bias: int | None = None
     border: bool = False
     mixed: Composition = ONE
+    standardised: Composition = ONE
     windows: tuple[Window, ...] = ()
 
 
@@ -720,14 +722,17 @@ def batch_norm(c: Call) -> Outcome:
     for t in c.args[1:5]:
         if isinstance(t, Tensor):
             unify(c.of(t)[0], c.of(x)[1])
-    for d, parts in enumerate(c.of(x)):
-        if d != 1:
-            freeze(parts, "is normalised over")
+    over = [parts for d, parts in enumerate(c.of(x)) if d != 1]
+    alone = [parts for parts in over if layout.size_of(parts) > 1]
+    if len(alone) > 1 or isinstance(c.args[3], Tensor):  # running means
+        for parts in over:
+            freeze(parts, OVER)
+        alone = []
     rest = [
         [c.of(x)[1]] if o.dim() == 1 and o.shape[0] == x.shape[1] else _frozen(o)
         for o in c.outs[1:]
     ]
-    return Outcome([list(c.of(x)), *rest])
+    return Outcome([list(c.of(x)), *rest], standardised=alone[0] if alone else ONE)
 
 
 def _frozen(out: Tensor) -> Dims:
@@ -760,7 +765,7 @@ def group_norm(c: Call) -> Outcome:
     parts = [channels] if groups == 1 else layout.split(channels, [groups, x.shape[1] // groups])
     mixed = parts[-1] if x.shape[1] // groups > 1 else ONE
     for space in c.of(x)[2:]:
-        freeze(space, "is normalised over")
+        freeze(space, OVER)
     statistics = [c.of(x)[0], ONE if groups == 1 < x.shape[1] else parts[0]]
     return Outcome([list(c.of(x)), *(list(statistics) for _ in c.outs[1:])], mixed=mixed)
 

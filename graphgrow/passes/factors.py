@@ -98,6 +98,13 @@ class _Walk:
                 f"{step.where} normalises over units, and new ones are {wanted} copies of each as "
                 f"often as of any other in {step.mode} mode"
             )
+        if step.standardised:
+            if content.zero().all():
+                return _Spread((new / old) ** 0.5, old / new)
+            raise _Blocked(
+                f"{step.where} standardises its weight over units, and new ones are not the mean "
+                "of each row"
+            )
         averaged = step.func.overloadpacket is aten.mean
         if content.zero().all():
             return _Spread(self._sizes(step) if averaged else 1.0)
@@ -124,6 +131,7 @@ class _Walk:
             Kind.POINTWISE: self._pointwise,
             Kind.CONTRACT: self._contract,
             Kind.CENTER: self._center,
+            Kind.NORM: self._standard,
             Kind.ATTEND: self._attend,
             Kind.FILL: lambda *_: 1.0,
         }.get(step.row.kind, self._homogeneous)
@@ -198,6 +206,32 @@ class _Walk:
         slots = [part.number for part in affine if isinstance(part, Slot)]
         return self._absorbed(step, spread.output, slots[:1]) if slots else spread.output
 
+    def _standard(self, step: Step, found: list[float], spread: _Spread) -> float:
+        """A weight that is standardised gets larger as its spread falls; a gain takes that back."""
+        if not step.standardised:
+            return self._homogeneous(step, found, spread)
+        if any(f != 1 for f in found):
+            raise self._blocked(step)
+        self._number(step, spread.number)
+        gain = step.args[place(step, "weight")]
+        if not isinstance(gain, Slot):
+            return spread.output
+        path, readers = self._behind(step, gain.number)
+        return self._taken_back(path, readers, spread.output)
+
+    def _behind(self, step: Step, slot: int) -> tuple[str, list[Step]]:
+        """Return the parameter that an input is, but for numbers that multiply it, and by what."""
+        number, readers = step.inputs[slot], [step]
+        while (source := self.analysis.sources.get(number)) is None:
+            maker = next((s for s in self.analysis.steps if number in s.outputs), None)
+            scaled = maker is not None and maker.func.overloadpacket in _PRODUCTS | _QUOTIENTS
+            moved = maker is not None and maker.row.kind is Kind.MOVE
+            if maker is None or not (scaled or moved) or len(maker.inputs) != 1:
+                raise _Blocked(f"{step.where} has a weight that is computed, so it cannot follow")
+            number = maker.inputs[0]
+            readers.append(maker)
+        return source.path, readers
+
     def _weights(self, step: Step) -> list[int]:
         """Return the slots of a step that are parameters or buffers of real numbers."""
         sources, state = self.analysis.sources, self.follower.state
@@ -214,10 +248,13 @@ class _Walk:
         source = self.analysis.sources.get(step.inputs[weights[0]])
         if source is None:
             raise _Blocked(f"{step.where} has a weight that is computed, so it cannot follow")
-        path = source.path
+        return self._taken_back(source.path, [step], factor)
+
+    def _taken_back(self, path: str, readers: list[Step], factor: float) -> float:
+        """Return what is left of a factor that a parameter takes back, read by these steps."""
         if self.tensors.setdefault(path, 1 / factor) != 1 / factor:
-            raise _Blocked(f"'{path}' would need two factors, one of them at {step.where}")
-        self.absorbing.add(id(step))
+            raise _Blocked(f"'{path}' would need two factors, one of them at {readers[0].where}")
+        self.absorbing.update(map(id, readers))
         self.lines.append(
             f"'{path}' is multiplied by {1 / factor:.6g} to make up for the new units"
         )

@@ -22,6 +22,7 @@ from graphgrow.ir.rules import Kind, Window, aten
 from graphgrow.passes.mixtures import MEAN, Mixtures
 from graphgrow.passes.parts import Parts
 from graphgrow.passes.ranges import Ranges
+from graphgrow.passes.standard import standards
 from graphgrow.passes.units import Resized
 from graphgrow.passes.windows import disturbance
 
@@ -237,7 +238,7 @@ class Follower:
         if kind is Kind.POINTWISE:
             return self._pointwise(step)
         if kind is Kind.NORM:
-            return self._norm(step)
+            return self._norm(step) if self.axis not in step.standardised else self._standard(step)
         if self.axis in step.mixed:
             return self._center(step)
         if windows := self.resized.analysis.windows(step, self.axis):
@@ -555,6 +556,22 @@ class Follower:
         """Return whether a step subtracts the mean of units, which leaves nothing of new ones."""
         subtracts = step.func.overloadpacket in _DIFFERENCES and len(step.inputs) == 2
         return subtracts and self._means.get(step.inputs[1]) == step.inputs[0]
+
+    def _standard(self, step: Step) -> Content:
+        """Return what standardising a weight leaves of new units: zero, if they are rows' means."""
+        standard = next(found for norm, found in standards(self.resized) if norm is step)
+        zero = np.zeros(len(self.new), dtype=bool)
+        shifts = isinstance(step.args[place(step, "bias")], Slot)
+        if standard is not None and not shifts:
+            tensor = self.state[standard.at.path].detach()
+            means, new = standard.means(self.resized, tensor), torch.from_numpy(self.new)
+            size = max(float(tensor.abs().max()), 1e-300)
+            gap = (self.slices(standard.at)[new] - means).abs()
+            eps = torch.finfo(tensor.dtype).eps
+            zero = (gap <= 8 * eps * size).reshape(len(new), -1).all(1).numpy()
+        content = self._masked(zero, 0.0)
+        self.statistics.append(Arrival(step, content, None))
+        return content
 
     def _center(self, step: Step) -> Content:
         """Return what a norm over the units leaves of new ones: its bias, if they are the mean."""

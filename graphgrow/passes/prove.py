@@ -12,7 +12,7 @@ from torch import Tensor
 from graphgrow.ir.analyse import ParameterDim, Step
 from graphgrow.ir.rules import Kind, aten
 from graphgrow.passes.factors import Compensation, compensated
-from graphgrow.passes.follow import Arrival, Content, Follower, Reduction
+from graphgrow.passes.follow import Arrival, Follower, Reduction
 from graphgrow.passes.ranges import Box
 from graphgrow.passes.units import Resized
 
@@ -76,8 +76,8 @@ def judge(follower: Follower, narrow: Mapping[str, Tensor]) -> Verdict:
     if reason is not None:
         return Verdict(reason)
     for arrival in follower.statistics:
-        if (text := _unchanged(arrival.content)) is not None:
-            lines.setdefault((arrival.step.where, text), []).append(arrival.step.mode)
+        text = _unchanged(arrival)
+        lines.setdefault((arrival.step.where, text), []).append(arrival.step.mode)
     for step in follower.windowed:
         text = "new units are zero wherever old ones have them in their windows"
         lines.setdefault((step.where, text), []).append(step.mode)
@@ -122,8 +122,11 @@ def _disagreeing(step: Step, path: str) -> str:
     )
 
 
-def _unchanged(content: Content) -> str | None:
-    """Return why a mean or norm over units is as before but for a factor, None where it is zero."""
+def _unchanged(arrival: Arrival) -> str:
+    """Return why a mean or norm over units is as before but for a factor."""
+    content = arrival.content
+    if arrival.step.standardised:
+        return "what it has for new units is the mean of each row, and standardised it is zero"
     if content.zero().all():
         return "new units are zero and add nothing"
     if content.mean().all():

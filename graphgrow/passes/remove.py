@@ -193,6 +193,7 @@ class _Narrowed:
             self.tensors[path] = times(now, 1 / factor)
             self.rounded.add(path)
         self.numbers = {call: 1 / factor for call, factor in made_up.numbers.items()}
+        self.rounded.update(self.tensors if self.numbers else ())
 
     def _reduce(self, follower: Follower, arrival: Arrival) -> None:
         at = arrival.weight

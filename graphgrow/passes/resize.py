@@ -80,11 +80,12 @@ def _retold(
     """Return the module templates with their attributes true again; untouched ones are shared."""
     inputs = _inputs(graph, graph.concerned[axis].nodes)
     fresh: dict[int, nn.Module] = {}
-    for path in graph.concerned[axis].leaves | dict.fromkeys(scaled):
+    changed = graph.concerned[axis].leaves
+    for path in changed | dict.fromkeys(scaled):
         module = graph.modules[path]
         sizes = _sizes(graph, path, inputs.get(path, ()), widths)
         try:
-            told = resized(module, sizes)
+            told = resized(module, sizes) if path in changed else {}
         except NotApplicable as error:
             name = type(module).__name__
             raise NotApplicable(f"cannot resize {name} '{path}': {error}") from None

@@ -20,6 +20,7 @@ from graphgrow.ir.analyse import ParameterDim, Slot
 from graphgrow.ir.rules import Kind
 from graphgrow.passes.follow import SUMS, Follower
 from graphgrow.passes.mixtures import scales, weights_before
+from graphgrow.passes.standard import standards
 from graphgrow.passes.units import Resized, resized_state
 
 
@@ -279,8 +280,12 @@ class _Fill:
         self.zero(at for at in self.axis.producers if paths is None or at.path in paths)
 
     def consumers_zero(self) -> None:
-        """Make all outgoing weights zero."""
+        """Make all outgoing weights zero, or what standardising makes zero."""
         self.zero(self.axis.consumers)
+        for _, standard in standards(self.resized):
+            if standard is not None:
+                means = standard.means(self.resized, self.tensors[standard.at.path])
+                self._write(standard.at, self.resized.new, means)
 
     def zero(self, dims: Iterable[ParameterDim]) -> None:
         """Make the new units' entries of some parameter dims zero."""
