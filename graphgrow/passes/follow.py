@@ -23,7 +23,7 @@ from graphgrow.passes.mixtures import MEAN, Mixtures
 from graphgrow.passes.parts import Parts
 from graphgrow.passes.ranges import Ranges
 from graphgrow.passes.standard import standards
-from graphgrow.passes.units import Resized
+from graphgrow.passes.units import Resized, picked
 from graphgrow.passes.windows import disturbance
 
 CONSTANT = -1
@@ -143,9 +143,9 @@ class Follower:
         written = [self.slices(at) for at in axis.producers if self.state[at.path].dim() > 0]
         if not written or not self.needed.any():
             return like, scale
-        rows = torch.cat(written, 1)
-        norms = rows.norm(dim=1)
-        unit = rows / norms.clamp(min=1e-300)[:, None]
+        incoming = torch.cat(written, 1)
+        norms = incoming.norm(dim=1)
+        unit = incoming / norms.clamp(min=1e-300)[:, None]
         order = np.concatenate([self.old, self.new])
         asked = np.flatnonzero(self.needed)
         parallel = (unit[torch.from_numpy(self.new[asked])] @ unit.T).abs().numpy() > 1 - 1e-12
@@ -154,7 +154,7 @@ class Follower:
             if norms[u] == 0:
                 continue
             candidates = before[alike[before]]
-            found = next(iter(self._alike(rows, norms, u, candidates)), None)
+            found = next(iter(self._alike(incoming, norms, u, candidates)), None)
             if found is not None:
                 like[k], scale[k] = found
         return like, scale
@@ -901,7 +901,8 @@ class Follower:
         """Return the weights that the narrower layer needs where the axis is contracted."""
         assert arrival.weight is not None
         columns, content = self.slices(arrival.weight), arrival.content
-        total = columns.clone()
+        moved = not ((content.like == self.new) | content.constant()).all()
+        total = columns.clone() if moved else columns  # large, so not copied without need
         constant = torch.zeros(columns.shape[1], dtype=columns.dtype)
         own = np.zeros(len(self.resized.units), dtype=bool)
         for k in reversed(range(len(self.new))):
@@ -915,7 +916,7 @@ class Follower:
                 total[i] = total[i] + content.scale[k] * total[u]
             else:
                 own[u] = True
-        return Reduction(total[torch.from_numpy(self.old)], total[torch.from_numpy(own)], constant)
+        return Reduction(picked(total, self.old), total[torch.from_numpy(own)], constant)
 
 
 def place(step: Step, name: str) -> int:

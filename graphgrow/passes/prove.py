@@ -162,7 +162,7 @@ def _judged(follower: Follower, arrival: Arrival, narrow: Mapping[str, Tensor]) 
     reduction = follower.reduction(arrival)
     places = old_entries(follower.resized, arrival.weight)
     before = narrow_slices(follower.resized, narrow[arrival.weight.path], arrival.weight)
-    columns = reduction.columns[:, places]
+    columns = reduction.columns if places.all() else reduction.columns[:, places]
     if not torch.equal(columns.to(before), before):
         return Verdict(
             f"the weights that {step.where} has for old units and their copies do not add up "
@@ -175,7 +175,7 @@ def _judged(follower: Follower, arrival: Arrival, narrow: Mapping[str, Tensor]) 
             f"{step.where} reads new units through weights that are not zero in {step.mode} mode"
         )
     lines = [_line(arrival, reduction)]
-    same = torch.equal(columns, before.to(columns))
+    same = columns.dtype == before.dtype or torch.equal(columns, before.to(columns))
     rounded = frozenset() if same else frozenset({arrival.weight.path})
     constant = reduction.constant[places]
     if bool((constant != 0).any()):

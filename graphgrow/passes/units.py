@@ -61,11 +61,21 @@ class Resized:
         order = np.argsort(units, kind="stable")
         return order[(units < 0).sum() :].reshape(len(self.units), -1)
 
-    def slices(self, tensor: Tensor, path: str, dim: int) -> Tensor:
-        """Return a tensor's entries by unit on the CPU: `(width, entries)`, those of one dim."""
-        places = self.at(path, dim)
-        picked = tensor.detach().cpu().index_select(dim, torch.from_numpy(places.reshape(-1)))
-        return picked.movedim(dim, 0).reshape(len(self.units), -1)
+    def slices(
+        self, tensor: Tensor, path: str, dim: int, units: np.ndarray | None = None
+    ) -> Tensor:
+        """Return a tensor's entries by unit on the CPU: `(units, entries)`, of all or of some."""
+        places = self.at(path, dim) if units is None else self.at(path, dim)[units]
+        found = picked(tensor.detach().cpu().movedim(dim, 0), places.reshape(-1))
+        return found.reshape(len(places), -1)
+
+
+def picked(tensor: Tensor, places: np.ndarray) -> Tensor:
+    """Return some rows of a tensor, without copying where they lie one after the other."""
+    first = int(places[0]) if len(places) else 0
+    if np.array_equal(places, np.arange(first, first + len(places))):
+        return tensor[first : first + len(places)]
+    return tensor.index_select(0, torch.from_numpy(places).to(tensor.device))
 
 
 def gather(tensor: Tensor, origin: TensorOrigin) -> Tensor:
@@ -76,7 +86,7 @@ def gather(tensor: Tensor, origin: TensorOrigin) -> Tensor:
             index = index.to(moved.device)
             moved = moved.index_select(dim, index.clamp(min=0))
             shape = [-1 if d == dim else 1 for d in range(moved.dim())]
-            moved = moved.masked_fill((index < 0).reshape(shape), 0)
+            moved = moved.masked_fill_((index < 0).reshape(shape), 0)
     return moved
 
 

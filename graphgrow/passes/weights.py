@@ -236,8 +236,7 @@ class _Fill:
 
     def _read(self, at: ParameterDim, units: np.ndarray) -> Tensor:
         """Return the entries of some units of one parameter dim, `(units, entries)`."""
-        found = self.resized.slices(self.tensors[at.path], at.path, at.dim)
-        return found[torch.from_numpy(units).to(found.device)]
+        return self.resized.slices(self.tensors[at.path], at.path, at.dim, units).clone()
 
     def _drawn(self, at: ParameterDim, like: Tensor) -> Tensor:
         """Return standard normal numbers that depend on the seed and the parameter alone."""
