@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -67,7 +68,7 @@ class Resized:
         """Return a tensor's entries by unit on the CPU: `(units, entries)`, of all or of some."""
         places = self.at(path, dim) if units is None else self.at(path, dim)[units]
         found = picked(tensor.detach().cpu().movedim(dim, 0), places.reshape(-1))
-        return found.reshape(len(places), -1)
+        return found.reshape(len(places), places.shape[1] * math.prod(found.shape[1:]))
 
 
 def picked(tensor: Tensor, places: np.ndarray) -> Tensor:
