@@ -221,6 +221,40 @@ class AttentionPackedInHeadsPartlyTurned(nn.Module):
         return self.o(y.transpose(1, 2).reshape(b, n, -1))
 
 
+@case((2, 3, 5, 5), "a(6)", fixed={"filter": "has width one"})
+class EfficientChannelAttention(nn.Module):
+    """A filter slides over the units: new ones at their end are zero, like its padding."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.n = nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6)
+        self.filter, self.o = nn.Conv1d(1, 1, 3, padding=1, bias=False), nn.Linear(6, 3)
+
+    def forward(self, x):
+        x = self.n(self.a(x))
+        gate = self.filter(x.mean((2, 3)).unsqueeze(1)).sigmoid().reshape(x.shape[0], -1, 1, 1)
+        return self.o(F.silu(x * gate).mean((2, 3)))
+
+
+@case(
+    (2, 3, 5, 5),
+    "b(4)",
+    fixed={"a": "would get no gradient for ever", "filter": "has width one"},
+)
+class EfficientChannelAttentionOfDeadUnits(nn.Module):
+    """torch's ReLU gives units that have to be zero no gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.o = nn.Conv2d(3, 6, 3), nn.Linear(6, 4), nn.Linear(4, 3)
+        self.filter = nn.Conv1d(1, 1, 3, padding=1, bias=False)
+
+    def forward(self, x):
+        x = self.a(x).relu()
+        gate = self.filter(x.mean((2, 3)).unsqueeze(1)).sigmoid().reshape(x.shape[0], -1, 1, 1)
+        return self.o(self.b((x * gate).mean((2, 3))).tanh())
+
+
 class Standardised(nn.Conv2d):
     """A convolution whose weight has mean zero and variance one in each row, as in BiT and NFNets.
 

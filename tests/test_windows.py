@@ -126,5 +126,5 @@ def test_idle_units_at_the_end_of_a_normed_relu_go() -> None:
 
 def test_moments_are_refused_where_units_meet_their_neighbours() -> None:
     _, _, graph = traced(lambda x: F.avg_pool2d(x.tanh(), (3, 1), 1, (1, 0)))
-    with pytest.raises(gg.NotApplicable, match="averages neighbouring units"):
+    with pytest.raises(gg.NotApplicable, match="goes over neighbouring units"):
         route(graph, "a", "eval")

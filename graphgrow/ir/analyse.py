@@ -65,7 +65,7 @@ class Step:
     `contracted` maps an input slot and dim to the axes that are summed over there; `batched` are
     axes that both factors of a contraction keep, `mixed` those whose units a norm compares,
     `standardised` those whose units' entries in a parameter it does, and `windows` the dims along
-    which units are averaged with those beside them.
+    which units are added to those beside them.
     """
 
     mode: str

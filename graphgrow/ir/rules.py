@@ -78,7 +78,7 @@ class Contracted:
 
 @dataclass(frozen=True)
 class Window:
-    """A dim of the first output where each entry is the mean of a window of the input's entries.
+    """A dim of the first output where each entry is a sum over a window of the input's entries.
 
     The window reaches `before` and `after` positions beyond the entry's own, over zeros where it
     leaves the dim, unless the input was padded there by something else.
@@ -97,7 +97,7 @@ class Outcome:
     `border` is true where a constant unit adds something else than the sum of its weights: less
     near zero padding, a multiple where the product is scaled. `mixed` is the dim whose units a norm
     compares with each other, `standardised` one that it may compare in a parameter, whose numbers
-    are known; `windows` are dims along which units are averaged with those beside them.
+    are known; `windows` are dims along which units are added to those beside them.
     """
 
     outs: Sequence[Dims]
@@ -847,14 +847,35 @@ def convolution(c: Call) -> Outcome:
     out, over_x, over_w, batched = relate(c.of(x)[1], c.of(w), x.shape[1], w.shape, groups)
     for atom in (atom for parts in c.of(w)[2:] for atom in layout.leaves(parts)):
         atom.frozen = KERNEL  # whatever was said of it before: a kernel has sizes, not units
-    for parts in c.of(x)[2:]:
+    space, windows = ([], []) if transposed else _slid(c)
+    for parts in c.of(x)[2:] if transposed else ():
         freeze(parts, _over(c))
+        space.append(_free(c.outs[0].shape[2 + len(space)]))
     if b is not None:
         unify(c.of(b)[0], out)
-    dims = [c.of(x)[0], out, *(_free(s) for s in c.outs[0].shape[2:])]
     over = (Contracted(0, 1, over_x), Contracted(1, 0 if transposed else 1, over_w))
     border = transposed or any(p != 0 for p in c.args[4])
-    return Outcome([dims], over, batched, None if b is None else 2, border)
+    bias = None if b is None else 2
+    return Outcome([[c.of(x)[0], out, *space]], over, batched, bias, border, windows=tuple(windows))
+
+
+def _slid(c: Call) -> tuple[list[Composition], list[Window]]:
+    """Return the dims that a filter slides over, and its windows where these are units.
+
+    Units (as in efficient channel attention) stay where each position has a window around it.
+    """
+    x, w, kept, windows = c.args[0], c.args[1], list[Composition](), list[Window]()
+    for d, step, pad, apart in zip(range(2, x.dim()), *c.args[3:6], strict=True):
+        parts, reach = c.of(x)[d], apart * (w.shape[d] - 1)
+        before, inside, after = _unpadded(parts) if reach else (0, parts, 0)
+        units = all(atom.frozen is None for atom in layout.leaves(inside))
+        if units and step == 1 and before + after + 2 * pad == reach:
+            kept.append(inside)
+            windows += [Window(d, before + pad, after + pad)] if reach else []
+        else:
+            freeze(parts, _over(c))
+            kept.append(_free(c.outs[0].shape[d]))
+    return kept, windows
 
 
 Related = tuple[Composition, Composition, Composition, Composition]

@@ -283,7 +283,7 @@ class _Walk:
         if first.codes is not None and kind is not Kind.MOVE:
             raise self._refusal(f"{step.where} comes where its positions are at other places")
         if self.analysis.windows(step, self.axis.name):
-            raise self._refusal(f"{step.where} averages neighbouring units")
+            raise self._refusal(f"{step.where} goes over neighbouring units")
         if kind is Kind.POINTWISE:
             gated = self._gated(step)
             return gated or _Carried(self._joined(step, carried), first.flat)

@@ -181,7 +181,7 @@ class Follower:
     def run(self) -> Follower:
         """Follow all steps and return self, with what they do to old units noted.
 
-        `arrivals` are contractions, `statistics` means and norms over units, `windowed` means over
+        `arrivals` are contractions, `statistics` means and norms over units, `windowed` sums over
         units beside each other. `blocked` has the reasons why nothing can be exact.
         """
         for step in self.resized.analysis.touching(self.axis):
@@ -227,7 +227,8 @@ class Follower:
 
     def _through(self, step: Step) -> Content | None:
         kind = step.row.kind
-        if kind is Kind.CONTRACT:
+        windows = self.resized.analysis.windows(step, self.axis)
+        if kind is Kind.CONTRACT and not windows:
             return self._contract(step)
         if kind is Kind.SUM:
             return self._sum(step)
@@ -241,7 +242,7 @@ class Follower:
             return self._norm(step) if self.axis not in step.standardised else self._standard(step)
         if self.axis in step.mixed:
             return self._center(step)
-        if windows := self.resized.analysis.windows(step, self.axis):
+        if windows:
             return self._windowed(step, windows)
         return self._kept(step)
 
@@ -435,13 +436,15 @@ class Follower:
         return given == Slot(slot) and self.content(step.inputs[slot]).uniform
 
     def _windowed(self, step: Step, windows: tuple[Window, ...]) -> Content:
-        """Return the means of windows: zero for new units that have nothing but zeros in theirs."""
+        """Return what windows give: zero for new units that have nothing but zeros in theirs."""
         content = self.content(step.inputs[0])
         zero = content.zero()
         for window in windows:
             reason, zero = disturbance(self.resized, step, window, zero)
             self.blocked += [] if reason is None else [reason]
         self.windowed.append(step)
+        if step.bias is not None:
+            zero = zero & False
         return replace(self._masked(zero, 0.0), slope=content.slope)
 
     def _sum(self, step: Step) -> Content | None:

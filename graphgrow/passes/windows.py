@@ -1,6 +1,6 @@
-"""What new units do to others beside them where windows over neighbouring units are averaged.
+"""What new units do to others beside them where an operator goes over neighbouring units.
 
-Old units keep their means if each still has the same old units in its window, and beside these only
+Old units keep their sums if each still has the same old units in its window, and beside these only
 new ones that are zero, as the padding was that they stand in for: new units that are zero, at an
 end of the dim. New units that no old one has in its window may hold anything.
 """
@@ -18,7 +18,7 @@ from graphgrow.passes.units import Resized
 def disturbance(
     resized: Resized, step: Step, window: Window, zero: np.ndarray
 ) -> tuple[str | None, np.ndarray]:
-    """Return why old units get other means, None where they do not, and which new ones get zero.
+    """Return why old units get other sums, None where they do not, and which new ones get zero.
 
     `zero` says which new units are zero where the windows read them.
     """
@@ -41,7 +41,7 @@ def disturbance(
 
 
 def _reason(step: Step, fact: str) -> str:
-    return f"{step.where} averages neighbouring units in {step.mode} mode, and {fact}"
+    return f"{step.where} goes over neighbouring units in {step.mode} mode, and {fact}"
 
 
 def _places(resized: Resized, layout: Layout) -> tuple[np.ndarray, np.ndarray]:
