@@ -167,6 +167,27 @@ class AttentionSharedTable(nn.Module):
         return self.o(x)
 
 
+@case((2, 5, 8), "q[0](2) q[1](4) v[1](4)")
+class AttentionHeadsInTheBatch(nn.Module):
+    """The number of heads is multiplied with a size of the run, before bmm."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(8, 8) for _ in range(3))
+        self.o, self.heads = nn.Linear(8, 8), 2
+
+    def forward(self, x):
+        b, n, _ = x.shape
+        whole = b * self.heads
+
+        def alone(t):
+            return t.view(b, n, self.heads, -1).transpose(1, 2).reshape(whole, n, -1)
+
+        weights = torch.bmm(alone(self.q(x)), alone(self.k(x)).transpose(1, 2)) / 2
+        y = torch.bmm(weights.softmax(-1), alone(self.v(x)))
+        return self.o(y.view(b, self.heads, n, -1).transpose(1, 2).flatten(2))
+
+
 @case((2, 5, 8), "qkv[0](2) qkv[2](4)", fixed={"qkv[1]": "is picked from by position"})
 class AttentionHeadsFirst(nn.Module):
     """Each head has its query, key and value side by side, as in Bloom."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import operator
+
 import pytest
 import torch
 from awkward import CASES, Case
@@ -67,9 +70,25 @@ def test_each_axis_that_can_grow_grows_alone_and_with_the_others(name: str) -> N
         assert gg.compare(model, all_grown.graph, case.inputs(3)).relative <= 1e-10
 
 
+def test_heads_multiplied_with_a_size_of_the_run_follow_again_and_in_the_users_model() -> None:
+    case = CASES["AttentionHeadsInTheBatch"]
+    model, graph = traced(case)
+    before = copy.deepcopy(model)
+    grown = gg.apply(graph, gg.Widen("q[0]", 3), gg.Widen("q[0]", 2), gg.Widen("q[1]", 3)).graph
+    assert gg.compare(model, grown, case.inputs(5)).relative <= 1e-12
+    nodes = [sum(node.target is operator.mul for node in g.eval.nodes) for g in (graph, grown)]
+    assert nodes == [1, 1]
+    back = gg.apply(grown, gg.Remove("q[0]", (2, 3, 4, 5, 6))).graph
+    assert gg.compare(model, back, case.inputs(5)).relative <= 1e-12
+    gg.lower(grown, into=model)
+    assert model.heads == 7
+    assert gg.compare(before, model, case.inputs(5)).relative <= 1e-12
+
+
 # A softmax over keys does not see a key's bias; a unit that is not the largest does not learn.
 BLIND = {
     ("AttentionManual", "k.bias"),
+    ("AttentionHeadsInTheBatch", "k.bias"),
     ("Mha", "a.in_proj_bias"),
     ("EncoderLayer", "a.self_attn.in_proj_bias"),
     ("MaxoutFirst", "a.weight"),

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import fx
+from torch.fx.node import map_aggregate
 
 from graphgrow.errors import NotApplicable
 from graphgrow.ir.analyse import Analysis, Slot
@@ -46,12 +49,47 @@ def resize(
         return structure, numbers
     made, copies = fx.Graph(), {}
     made.output(made.graph_copy(structure, copies))
+    products = _Products(made, copies)
     for node, (target, args, kwargs) in found.items():
         copy = copies[node]
         copy.target = target
-        copy.args, copy.kwargs = (fx.map_arg(a, copies.__getitem__) for a in (args, kwargs))
+        copy.args, copy.kwargs = (map_aggregate(a, products.argument) for a in (args, kwargs))
         copy.meta["edited"] = f"{_called(node)}{_said(node.args)} becomes {_said(copy.args)}"
+    for product, node in products.written.items():
+        numbers[mode, node.name] = edits.number(product)
+        if not copies[product.size].users:
+            made.erase_node(copies[product.size])
     return made, numbers
+
+
+@dataclass(frozen=True)
+class _Product:
+    """The product of sizes of the run and one number, which is to be another: `units`."""
+
+    size: fx.Node
+    units: int
+
+
+class _Products:
+    """What stands in a new graph for the arguments of the old one: products are written anew."""
+
+    def __init__(self, graph: fx.Graph, copies: Mapping[fx.Node, fx.Node]) -> None:
+        self.graph, self.copies = graph, copies
+        self.written: dict[_Product, fx.Node] = {}
+
+    def argument(self, given: Any) -> Any:
+        """Return an argument of the new graph."""
+        if isinstance(given, fx.Node):
+            return self.copies[given]
+        if not isinstance(given, _Product):
+            return given
+        if given not in self.written:
+            old = self.copies[given.size]
+            with self.graph.inserting_before(old):
+                new = self.graph.node_copy(old, lambda n: n)
+            new.args = tuple(given.units if isinstance(a, int) else a for a in old.args)
+            self.written[given] = new
+        return self.written[given]
 
 
 def _changed(edits: _Edits, nodes: Sequence[fx.Node]) -> Iterator[tuple[fx.Node, Call]]:
@@ -150,6 +188,8 @@ class _Edits:
 
     def number(self, arg: Any) -> Any:
         """Return what an int argument will be when the edited graph runs."""
+        if isinstance(arg, _Product):
+            return self.number(_factor(arg.size)) * arg.units
         if not isinstance(arg, fx.Node):
             return arg
         if arg not in self.numbers:
@@ -176,6 +216,9 @@ class _Edits:
         if now in (new, -1) or layout.size(self.before) != self.number_before(arg):
             return arg
         if isinstance(arg, fx.Node) and _has_free_sizes(layout):
+            factor = _factor(arg)
+            if factor is not None and self.number_before(factor) == _free_size(layout):
+                return _Product(arg, new // self.number(factor))
             raise NotApplicable(
                 f"the size '{arg.name}' is computed in a way that does not follow the new width"
             )
@@ -195,6 +238,19 @@ def _has_free_sizes(layout: Layout) -> bool:
         for term in layout.terms
         for f in term
     )
+
+
+def _free_size(layout: Layout) -> int | None:
+    """Return what the sizes in a layout that are no axes multiply to, None where terms differ."""
+    found = {math.prod(f for f in term if isinstance(f, int)) for term in layout.apart()}
+    return found.pop() if len(found) == 1 else None
+
+
+def _factor(size: fx.Node) -> fx.Node | None:
+    """Return the size that a size is a multiple of by a number in the code, None if it is none."""
+    if size.target is not operator.mul or sorted(isinstance(a, int) for a in size.args) != [0, 1]:
+        return None
+    return size.all_input_nodes[0]
 
 
 def _arguments(node: fx.Node) -> list[Any]:
