@@ -242,27 +242,12 @@ class AttentionPackedInHeadsPartlyTurned(nn.Module):
         return self.o(y.transpose(1, 2).reshape(b, n, -1))
 
 
-@case((2, 3, 5, 5), "a(6)", fixed={"filter": "has width one"})
-class EfficientChannelAttention(nn.Module):
-    """A filter slides over the units: new ones at their end are zero, like its padding."""
-
-    def __init__(self):
-        super().__init__()
-        self.a, self.n = nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6)
-        self.filter, self.o = nn.Conv1d(1, 1, 3, padding=1, bias=False), nn.Linear(6, 3)
-
-    def forward(self, x):
-        x = self.n(self.a(x))
-        gate = self.filter(x.mean((2, 3)).unsqueeze(1)).sigmoid().reshape(x.shape[0], -1, 1, 1)
-        return self.o(F.silu(x * gate).mean((2, 3)))
-
-
 @case(
     (2, 3, 5, 5),
     "b(4)",
     fixed={"a": "would get no gradient for ever", "filter": "has width one"},
 )
-class EfficientChannelAttentionOfDeadUnits(nn.Module):
+class EcaOfDeadUnits(nn.Module):
     """torch's ReLU gives units that have to be zero no gradient."""
 
     def __init__(self):
@@ -995,8 +980,10 @@ class Cbam(nn.Module):
         return self.o(x * torch.sigmoid(self.s(m)))
 
 
-@case((2, 3, 8, 8), "", fixed={"a": "is a size computed by the model"})
+@case((2, 3, 8, 8), "a(8)")
 class Eca(nn.Module):
+    """A filter slides over the units: new ones at their end are zero, like its padding."""
+
     def __init__(self):
         super().__init__()
         self.a = nn.Conv2d(3, 8, 3)
