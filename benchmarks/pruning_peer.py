@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import copy
 import fnmatch
+import importlib
 import json
 import multiprocessing
 import sys
@@ -102,10 +103,10 @@ def both(given: Connection, name: str, layers: int) -> None:
 
 def removed(model: nn.Module, inputs: architectures.Inputs, layers: int) -> list[tuple[str, bool]]:
     """Return layers that write units, and whether Torch-Pruning can remove one of them."""
-    import torch_pruning
+    peer = importlib.import_module("torch_pruning")
 
     def built(copied: nn.Module) -> Any:
-        return torch_pruning.DependencyGraph().build_dependency(copied, example_inputs=inputs)
+        return peer.DependencyGraph().build_dependency(copied, example_inputs=inputs)
 
     kinds = [nn.Conv2d, nn.ConvTranspose2d, nn.Linear]
     groups = list(built(copy.deepcopy(model)).get_all_groups(root_module_types=kinds))
@@ -115,16 +116,15 @@ def removed(model: nn.Module, inputs: architectures.Inputs, layers: int) -> list
 
 def loses_one(model: nn.Module, path: str, inputs: architectures.Inputs, built: Any) -> bool:
     """Return whether a copy of a model runs as before once a layer has lost a unit."""
-    import torch_pruning
-
+    peer = importlib.import_module("torch_pruning")
     pruned = copy.deepcopy(model)
     layer: Any = pruned.get_submodule(path)
     groups = getattr(layer, "groups", 1)
     width = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
     function = {
-        nn.Linear: torch_pruning.prune_linear_out_channels,
-        nn.Conv2d: torch_pruning.prune_conv_out_channels,
-    }.get(type(layer), torch_pruning.prune_conv_out_channels)
+        nn.Linear: peer.prune_linear_out_channels,
+        nn.Conv2d: peer.prune_conv_out_channels,
+    }.get(type(layer), peer.prune_conv_out_channels)
     try:
         whole = [tuple(t.shape) for t in outputs(model, inputs)]
         units = [g * (width // groups) for g in range(groups)]
