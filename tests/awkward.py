@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from strategies import Standardised
 from torch import Tensor, nn
 
 
@@ -259,24 +260,6 @@ class EcaOfDeadUnits(nn.Module):
         x = self.a(x).relu()
         gate = self.filter(x.mean((2, 3)).unsqueeze(1)).sigmoid().reshape(x.shape[0], -1, 1, 1)
         return self.o(self.b((x * gate).mean((2, 3))).tanh())
-
-
-class Standardised(nn.Conv2d):
-    """A convolution whose weight has mean zero and variance one in each row, as in BiT and NFNets.
-
-    `gain` multiplies rows; without it what reads the layer must make up for the number of columns.
-    """
-
-    def __init__(self, *sizes, gain=False, **kwargs):
-        super().__init__(*sizes, **kwargs)
-        self.gain = nn.Parameter(torch.ones(self.out_channels, 1, 1, 1)) if gain else None
-        self.eps, self.scale = 1e-3, self.weight[0].numel() ** -0.5
-
-    def forward(self, x):
-        rows = self.weight.reshape(1, self.out_channels, -1)
-        gain = None if self.gain is None else (self.gain * self.scale).view(-1)
-        rows = F.batch_norm(rows, None, None, gain, training=True, momentum=0.0, eps=self.eps)
-        return F.conv2d(x, rows.reshape_as(self.weight), self.bias, self.stride, self.padding)
 
 
 @case(

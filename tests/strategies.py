@@ -91,6 +91,47 @@ class Squeeze(nn.Module):
         return x * torch.sigmoid(self.up(F.silu(self.down(scale))))
 
 
+class Slide(nn.Module):
+    """Efficient channel attention: a filter over the means of neighbouring channels."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.filter = nn.Conv1d(1, 1, size, padding=size // 2, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = self.filter(x.mean((2, 3)).unsqueeze(1)).squeeze(1)
+        return x * torch.sigmoid(gate)[:, :, None, None]
+
+
+class Scale(nn.Module):
+    """A number for each feature, as LayerScale has it."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale
+
+
+class Standardised(nn.Conv2d):
+    """A convolution whose weight has mean zero and variance one in each row, as in BiT and NFNets.
+
+    `gain` multiplies rows; without it what reads the layer must make up for the number of columns.
+    """
+
+    def __init__(self, *sizes: Any, gain: bool = False, **kwargs: Any) -> None:
+        super().__init__(*sizes, **kwargs)
+        self.gain = nn.Parameter(torch.ones(self.out_channels, 1, 1, 1)) if gain else None
+        self.eps, self.scale = 1e-3, self.weight[0].numel() ** -0.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.weight.reshape(1, self.out_channels, -1)
+        gain = None if self.gain is None else (self.gain * self.scale).view(-1)
+        rows = F.batch_norm(rows, None, None, gain, training=True, momentum=0.0, eps=self.eps)
+        return F.conv2d(x, rows.reshape_as(self.weight), self.bias, self.stride, self.padding)
+
+
 class Twice(nn.Module):
     """A module that is called two times."""
 
@@ -396,8 +437,12 @@ def _unit(
 
 def _plain(draw: st.DrawFn, taste: _Taste, shape: Shape) -> nn.Module:
     unit = _unit(draw, taste, shape, draw(widths), same=False)
-    if draw(st.integers(0, 5)) == 5:
+    how = draw(st.integers(0, 5))
+    if how == 5:
         weight_norm(unit[0])
+    elif how == 4 and len(shape) == 3:
+        gain, bias = draw(st.tuples(st.booleans(), st.booleans()))
+        unit[0] = Standardised(shape[0], unit[0].out_channels, 3, padding=1, gain=gain, bias=bias)
     return unit
 
 
@@ -417,6 +462,8 @@ def _residual(draw: st.DrawFn, taste: _Taste, shape: Shape) -> nn.Module:
 def _stream(draw: st.DrawFn, taste: _Taste, shape: Shape) -> nn.Module:
     """Return a pre-norm residual block and the norm that ends the stream."""
     branch = nn.Sequential(nn.LayerNorm(shape[0]), _branch(draw, taste, shape, shape[0]))
+    if draw(st.booleans()):
+        branch.append(Scale(shape[0]))
     return nn.Sequential(Residual(branch, nn.Identity()), nn.LayerNorm(shape[0], eps=1e-3))
 
 
@@ -547,6 +594,7 @@ BLOCKS: dict[str, tuple[tuple[int, ...], Builder]] = {
     "flatten": (SPACE, _dense),
     "mean": (SPACE, lambda d, t, s: Mean()),
     "squeeze": ((3,), lambda d, t, s: Squeeze(s[0], d(st.integers(1, 3)))),
+    "slide": ((3,), lambda d, t, s: Slide(d(st.sampled_from([1, 3])))),
     "pixels": ((3,), _pixels),
     "upward": ((3,), _upward),
     "tied": ((1,), lambda d, t, s: Tied(s[0], d(widths))),

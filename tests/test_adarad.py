@@ -497,6 +497,20 @@ def test_a_state_dict_and_a_copy_go_on_in_the_same_way(kind) -> None:
 
 
 @pytest.mark.parametrize("kind", [gg.AdaRad, gg.AdaRadM])
+def test_a_loaded_state_is_the_loaders_own(kind) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    graph = gg.trace(model, torch.randn(5, 3).double())
+    first, second = (kind(graph, lr=0.1, radial_lr=0.01, penalty=0.1) for _ in range(2))
+    gg.lower(graph)(torch.randn(5, 3).double()).sum().backward()
+    first.step()
+    second.load_state_dict(first.state_dict())
+    before = {name: value.clone() for name, value in second.state["fans"].items()}
+    first.step()
+    gg.migrate(first, gg.apply(graph, gg.Widen("0", 2)))
+    assert all(torch.equal(second.state["fans"][name], value) for name, value in before.items())
+
+
+@pytest.mark.parametrize("kind", [gg.AdaRad, gg.AdaRadM])
 def test_a_new_layer_joins_with_fan_ins_of_its_own(kind) -> None:
     model = mlp(4, 3, 2, bias=True)
     graph = traced(model)

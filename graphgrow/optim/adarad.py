@@ -244,6 +244,13 @@ class AdaRad(Optimizer):
         each._foreach_mul_(seen.weights, kept)
         each._foreach_addcmul_(seen.weights, seen.gradients, taken)
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state; what belongs to fan-ins is copied, so that its owner keeps its own."""
+        state = state_dict["state"]
+        if SHARED in state:
+            state_dict = {**state_dict, "state": {**state, SHARED: {**state[SHARED]}}}
+        super().load_state_dict(state_dict)
+
     def carry(self, grown: Grown) -> Callable[[], None]:
         """Return what makes groups and the state of fan-ins those of the grown graph.
 
