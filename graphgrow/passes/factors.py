@@ -209,8 +209,9 @@ class _Walk:
     def _is_stated(self, step: Step, number: int) -> bool:
         """Return whether a value is a number that the call of a step states."""
         maker = self.makers.get(number)
-        made = maker is not None and maker.func.overloadpacket is aten.scalar_tensor
-        return made and maker.node == step.node
+        if maker is None or maker.node != step.node:
+            return False
+        return maker.func.overloadpacket is aten.scalar_tensor
 
     def _contract(self, step: Step, found: list[float], spread: _Spread) -> float:
         biased = step.bias is not None
