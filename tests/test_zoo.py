@@ -162,6 +162,19 @@ def test_models_of_other_libraries_grow_all_at_once(name: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_frequencies_of_normalised_queries_and_keys_grow_by_whole_copies() -> None:
+    model, inputs = built("transformers/qwen3")
+    graph = gg.trace(model, **inputs)
+    frequencies = graph.axis("model.layers.0.self_attn.q_proj[2]")
+    rewrite = gg.Widen(frequencies.name, frequencies.width, weights=gg.Copy())
+    grown = gg.apply(graph, rewrite, verify=False).graph
+    assert gg.compare(model, grown, **inputs).relative <= 1e-10
+    copies = tuple(range(frequencies.width, 2 * frequencies.width))
+    back = gg.apply(grown, gg.Remove(frequencies.name, copies), verify=False).graph
+    assert gg.compare(model, back, **inputs).relative <= 1e-10
+
+
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     ("name", "axis", "attribute"),
     [

@@ -465,12 +465,12 @@ class _Watch(Dispatch):
             self.sources[made] = Source(source.path, _moved(source, name, step.args, len(before)))
 
     def _rewritten(self, func: Any, tensor: Tensor) -> None:
-        """Give every other live view of what was written in place a value of unknown content."""
+        """Give every other live view of what was written in place a value of its own."""
         for other in self._aliases(tensor).values():
             if other is not tensor:
                 before = self.number(other)
                 after = self.see(other, self.dims[before])
-                row = Row(_no_relation, Kind.RANDOM)
+                row = Row(_no_relation, Kind.OVERWRITTEN)
                 inputs = (before, self.number(tensor))
                 step = Step(self.mode, self.node, self.where, func, (), {}, row, inputs, (after,))
                 self.steps.append((step, Outcome([self.dims[before]])))

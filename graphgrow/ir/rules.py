@@ -42,6 +42,7 @@ class Kind(Enum):
     GATHER = "looks up rows"
     FILL = "fills a new tensor"
     RANDOM = "draws random numbers"
+    OVERWRITTEN = "is another view of what was written in place"
 
 
 @dataclass(eq=False)
@@ -1020,9 +1021,10 @@ ROWS: dict[Any, Row] = _table(
     # each entry from the entries at its place
     (HOMOGENEOUS, "relu relu_ leaky_relu leaky_relu_ neg abs add add_ sub sub_ copy_"),
     (Row(broadcast, Kind.POINTWISE, odd=True), "tanh tanh_ sin erf atan asinh sinh tan softshrink"),
-    (POINTWISE, "fill_ masked_fill masked_fill_ zero_ _prelu_kernel where hardswish hardswish_"),
+    (POINTWISE, "fill_ masked_fill masked_fill_ _prelu_kernel where hardswish hardswish_"),
     (Row(broadcast, Kind.SEPARATE), "log_sigmoid_forward"),
     (Row(glu, Kind.SEPARATE, "zero"), "glu"),
+    (Row(broadcast, Kind.FILL), "zero_"),
     # each unit from the same unit
     (POOL, "_adaptive_avg_pool1d _adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_avg_pool1d"),
     (POOL, "max_pool2d_with_indices max_pool3d_with_indices adaptive_max_pool2d"),

@@ -1,20 +1,25 @@
 """By which number old units are multiplied when an axis is resized, and what takes that back.
 
-A mean over units falls when zero units join them, the spread of units when their mean joins them.
-From there on old units differ from those of the narrower graph by one known factor. It is followed
-through the operators until a weight takes it back; a number that is added on the way (the eps of a
-norm) has to be multiplied by it. The factor of a value is always the wider one over the narrower.
+A mean over units falls when zero units join them, the spread of units when their mean joins them; a
+sum over units, or of products of two activations, grows when copies of each join. From there on
+old units differ from those of the narrower graph by one known factor. It is followed through the
+operators until a weight takes it back; a number that is added on the way (the eps of a norm) has to
+be multiplied by it. What a product of two activations is multiplied with, before or after, takes
+its factor back. The factor of a value is always the wider one over the narrower.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 from torch.utils._pytree import tree_leaves
 
 from graphgrow.ir.analyse import Slot, Step
+from graphgrow.ir.layout import Layout
 from graphgrow.ir.rules import Kind, aten
 from graphgrow.passes.follow import OVER_UNITS_ALONE, SUMS, Arrival, Content, Follower, place
 
@@ -25,8 +30,9 @@ UNKNOWN = float("nan")
 class Compensation:
     """What takes the factors of old units back, or the reason why nothing can.
 
-    `tensors` has the factor of each parameter, `numbers` that of what a call adds to a statistic,
-    by mode and node: wider over narrower. `lines` say so for the proof.
+    `tensors` has the factor of each parameter, `numbers` that of the number in a call (what it adds
+    to a statistic, the scale of a product), by mode and node: wider over narrower. `lines` say so
+    for the proof.
     """
 
     reason: str | None = None
@@ -48,6 +54,21 @@ def compensated(follower: Follower) -> Compensation:
 def listed(numbers: Mapping[tuple[str, str], float]) -> tuple[tuple[str, str, float], ...]:
     """Return the factors of numbers as a rewrite holds them: mode, node, factor."""
     return tuple(sorted((mode, node, factor) for (mode, node), factor in numbers.items()))
+
+
+def repeats(follower: Follower, arrival: Arrival) -> float | None:
+    """Return the factor of a sum of products of two activations, None where it is not known.
+
+    It is one where new units of either are zero, and the number of copies of each where those of
+    both are copies of the same units.
+    """
+    one, other = arrival.content, arrival.other
+    if other is None or (one.zero() | other.zero()).all():
+        return 1.0
+    even = _even(one, follower.old) and _even(other, follower.old)
+    if not even or len(arrival.step.contracted) != 2 or (one.like != other.like).any():
+        return None
+    return _growth(follower, arrival.step) if _whole(follower, arrival.step) else None
 
 
 class _Blocked(Exception):
@@ -72,9 +93,13 @@ class _Walk:
         self.numbers: dict[tuple[str, str], float] = {}
         self.lines: list[str] = []
         self.absorbing: set[int] = set()
+        self.products: set[int] = set()  # products of activations that are factors too large
 
     def run(self) -> None:
         spreads = {id(a.step): self._spread(a) for a in self.follower.statistics}
+        for arrival in self.follower.arrivals:
+            if arrival.other is not None:  # what is not known of it `judge` refuses
+                spreads[id(arrival.step)] = _Spread(repeats(self.follower, arrival) or 1.0)
         if all(s == _Spread() for s in spreads.values()):
             return
         for step in self.analysis.steps:
@@ -107,20 +132,11 @@ class _Walk:
             )
         averaged = step.func.overloadpacket is aten.mean
         if content.zero().all():
-            return _Spread(self._sizes(step) if averaged else 1.0)
-        if averaged and (content.mean().all() or _even(content, self.follower.old)):
-            return _Spread()
+            return _Spread(1 / _growth(self.follower, step) if averaged else 1.0)
+        even = _even(content, self.follower.old)
+        if _whole(self.follower, step) and (even or (averaged and content.mean().all())):
+            return _Spread(1.0 if averaged else _growth(self.follower, step) ** _root(step))
         raise _Blocked(f"{step.where} sums over its units with no weight that could be zero")
-
-    def _sizes(self, step: Step) -> float:
-        """Return the narrower over the wider number of entries that a mean is taken of."""
-        widths = self.follower.resized.widths()
-        narrow = {**widths, self.follower.axis: len(self.follower.old)}
-        ratio = 1.0
-        for slot, dim in step.contracted:
-            layout = self.analysis.values[step.inputs[slot]][dim]
-            ratio *= layout.size(narrow) / layout.size(widths)
-        return ratio
 
     # --- steps
 
@@ -135,13 +151,15 @@ class _Walk:
             Kind.ATTEND: self._attend,
             Kind.FILL: lambda *_: 1.0,
         }.get(step.row.kind, self._homogeneous)
-        output = rule(step, found, spread)
-        output = 1.0 if abs(output - 1) < 1e-12 else output
+        output = _settled(rule(step, found, spread))
         for at, number in enumerate(step.outputs):
             known = at == 0 or step.row.kind is Kind.MOVE
             factor = output if known else UNKNOWN
             if factor != 1:
                 self.factors[number] = factor
+                moved = step.row.kind is Kind.MOVE and self.products.issuperset(step.inputs)
+                if moved or (step.row.kind is Kind.CONTRACT and spread.output != 1):
+                    self.products.add(number)
 
     def _blocked(self, step: Step) -> _Blocked:
         return _Blocked(
@@ -165,9 +183,12 @@ class _Walk:
 
     def _pointwise(self, step: Step, found: list[float], spread: _Spread) -> float:
         packet = step.func.overloadpacket
+        if step.inputs[0] in self.products and _literal(step):
+            self._scale(step, 1 / found[0])
+            return 1.0
         if packet in _PRODUCTS:
             return self._absorbed(step, float(np.prod(found)), self._weights(step))
-        if packet in _QUOTIENTS:
+        if packet in _QUOTIENTS and not _rounds(step):
             return found[0] / (found[1] if len(found) > 1 else 1.0)
         if packet in _POWERS:
             power = _POWERS[packet] if len(step.args) == 1 else step.args[1]
@@ -176,15 +197,30 @@ class _Walk:
         if packet is aten.copy_:
             return found[1]
         if packet in SUMS and len(found) == 1:
-            self._number(step, found[0])
+            self._number(step, found[0], "adds to it")
+            return found[0]
+        if packet in _BOUNDS and all(self._is_stated(step, n) for n in step.inputs[1:]):
+            self._number(step, found[0], "bounds it by")
             return found[0]
         if step.row.homogeneous and len(step.args) == len(found):
             return self._alike(step, found, spread)
         raise self._blocked(step)
 
+    def _is_stated(self, step: Step, number: int) -> bool:
+        """Return whether a value is a number that the call of a step states."""
+        maker = self.makers.get(number)
+        if maker is None or maker.node != step.node:
+            return False
+        return maker.func.overloadpacket is aten.scalar_tensor
+
     def _contract(self, step: Step, found: list[float], spread: _Spread) -> float:
         biased = step.bias is not None
         factor = float(np.prod([f for slot, f in enumerate(found) if slot != step.bias]))
+        factor = _settled(factor * spread.output)
+        scale = self._scale_before(step) if spread.output != 1 != factor else None
+        if scale is not None:
+            self._scale(scale, 1 / factor)
+            return 1.0
         over = {slot for slot, _ in step.contracted}
         weights = [slot for slot in self._weights(step) if slot in over or len(found) > 2]
         output = self._absorbed(step, factor, [s for s in weights if s != step.bias])
@@ -193,15 +229,59 @@ class _Walk:
         return output
 
     def _attend(self, step: Step, found: list[float], spread: _Spread) -> float:
-        if abs(found[0] * found[1] - 1) > 1e-12 or any(f != 1 for f in found[3:]):
+        if any(f != 1 for f in found[3:]):
             raise self._blocked(step)
+        factor = _settled(found[0] * found[1] * spread.output)
+        self._number(step, 1 / factor, "multiplies it with")
         return found[2]
+
+    def _scale(self, step: Step, factor: float) -> None:
+        """Multiply the number that a step multiplies with, or divide the one that it divides by."""
+        divides = step.func.overloadpacket in _QUOTIENTS
+        self._number(step, 1 / factor if divides else factor, "multiplies it with")
+
+    def _scale_before(self, contraction: Step) -> Step | None:
+        """Return the step that multiplies a factor of a contraction with a number, if one does.
+
+        What it makes may be moved, but must go to the contraction alone.
+        """
+        for number in contraction.inputs:
+            step: Step | None = contraction
+            while step is not None:
+                step = self._maker(number, step)
+                if step is not None and step.row.kind is not Kind.MOVE:
+                    return step
+                number = step.inputs[0] if step is not None else number
+        return None
+
+    def _maker(self, number: int, reader: Step) -> Step | None:
+        """Return the step that makes a value for one reader, by a move or a number as a factor."""
+        step = self.makers.get(number)
+        readers = self.readers[number]
+        if step is None or readers != [reader] or reader.inputs.count(number) > 1:
+            return None
+        moves = step.row.kind is Kind.MOVE and len(step.inputs) == len(step.outputs) == 1
+        return step if moves or _literal(step) else None
+
+    @cached_property
+    def makers(self) -> dict[int, Step]:
+        """The step that computes each value."""
+        return {number: step for step in self.analysis.steps for number in step.outputs}
+
+    @cached_property
+    def readers(self) -> dict[int, list[Step]]:
+        """The steps that read each value; none that has units of the axis is an output."""
+        found: dict[int, list[Step]] = defaultdict(list)
+        for step in self.analysis.steps:
+            for number in dict.fromkeys(step.inputs):
+                found[number].append(step)
+        return found
 
     def _center(self, step: Step, found: list[float], spread: _Spread) -> float:
         """A norm takes back what all its units were multiplied by, if its eps follows."""
         if any(f != 1 for f in found[1:]):
             raise self._blocked(step)
-        self._number(step, spread.number * found[0] ** 2)
+        self._number(step, spread.number * found[0] ** 2, "adds to it")
         affine = [step.args[place(step, name)] for name in ("weight", "bias")]
         slots = [part.number for part in affine if isinstance(part, Slot)]
         return self._absorbed(step, spread.output, slots[:1]) if slots else spread.output
@@ -212,7 +292,7 @@ class _Walk:
             return self._homogeneous(step, found, spread)
         if any(f != 1 for f in found):
             raise self._blocked(step)
-        self._number(step, spread.number)
+        self._number(step, spread.number, "adds to it")
         gain = step.args[place(step, "weight")]
         if not isinstance(gain, Slot):
             return spread.output
@@ -223,7 +303,7 @@ class _Walk:
         """Return the parameter that an input is, but for numbers that multiply it, and by what."""
         number, readers = step.inputs[slot], [step]
         while (source := self.analysis.sources.get(number)) is None:
-            maker = next((s for s in self.analysis.steps if number in s.outputs), None)
+            maker = self.makers.get(number)
             scaled = maker is not None and maker.func.overloadpacket in _PRODUCTS | _QUOTIENTS
             moved = maker is not None and maker.row.kind is Kind.MOVE
             if maker is None or not (scaled or moved) or len(maker.inputs) != 1:
@@ -260,13 +340,13 @@ class _Walk:
         )
         return 1.0
 
-    def _number(self, step: Step, factor: float) -> None:
+    def _number(self, step: Step, factor: float, does: str) -> None:
         if factor == 1:
             return
         call = step.mode, step.node
         if self.numbers.setdefault(call, factor) != factor:
-            raise _Blocked(f"what {step.where} adds would need two factors")
-        self.lines.append(f"what {step.where} adds to it is multiplied by {factor:.6g}")
+            raise _Blocked(f"what {step.where} {does} would need two factors")
+        self.lines.append(f"what {step.where} {does} is multiplied by {factor:.6g}")
 
     # --- the whole
 
@@ -302,8 +382,58 @@ def _even(content: Content, old: np.ndarray) -> bool:
     return bool(alike.all()) and len(set(counts)) == 1
 
 
+def _settled(factor: float) -> float:
+    """Return a factor that is one but for rounding as one."""
+    return 1.0 if abs(factor - 1) < 1e-12 else factor
+
+
+def _growth(follower: Follower, step: Step) -> float:
+    """Return the wider over the narrower number of entries that a sum goes over."""
+    widths = follower.resized.widths()
+    narrow = {**widths, follower.axis: len(follower.old)}
+    ratio = 1.0
+    for layout in _summed(follower, step):
+        ratio *= layout.size(widths) / layout.size(narrow)
+    return ratio
+
+
+def _whole(follower: Follower, step: Step) -> bool:
+    """Return whether a sum goes over units of the axis alone, none of another beside them."""
+    terms = [t for layout in _summed(follower, step) for t in layout.apart()]
+    return all(follower.axis in term for term in terms)
+
+
+def _summed(follower: Follower, step: Step) -> list[Layout]:
+    """Return the layouts of the dims that a step sums and the axis is in, those of one factor."""
+    first = min(slot for slot, _ in step.contracted)
+    values = follower.resized.analysis.values[step.inputs[first]]
+    over = [values[dim] for slot, dim in step.contracted if slot == first]
+    return [layout for layout in over if follower.axis in layout.axes()]
+
+
+def _root(step: Step) -> float:
+    """Return the power of a sum that a norm is, one for a plain sum."""
+    if step.func.overloadpacket is aten.sum:
+        return 1.0
+    power = step.args[1] if len(step.args) > 1 else step.kwargs.get("ord", 2)
+    return 1 / (2.0 if power is None else power)
+
+
+def _literal(step: Step) -> bool:
+    """Return whether a step multiplies or divides its one tensor by a number."""
+    scales = step.func.overloadpacket in _PRODUCTS | _QUOTIENTS and len(step.args) == 2
+    stated = scales and step.args[0] == Slot(0) and isinstance(step.args[1], int | float)
+    return stated and not _rounds(step)
+
+
+def _rounds(step: Step) -> bool:
+    return step.kwargs.get("rounding_mode") is not None
+
+
 _PRODUCTS = {aten.mul, aten.mul_}
 _QUOTIENTS = {aten.div, aten.div_}
+_BOUNDS = {aten.clamp, aten.clamp_, aten.clamp_min, aten.clamp_min_, aten.clamp_max}
+_BOUNDS |= {aten.clamp_max_}
 _POWERS = {
     aten.pow: None,
     aten.pow_: None,

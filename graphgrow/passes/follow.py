@@ -236,6 +236,8 @@ class Follower:
             return self._attend(step)
         if kind in (Kind.FILL, Kind.RANDOM):
             return self._made(step)
+        if kind is Kind.OVERWRITTEN:
+            return self._overwritten(step)
         if kind is Kind.POINTWISE:
             return self._pointwise(step)
         if kind is Kind.NORM:
@@ -347,6 +349,12 @@ class Follower:
         filled = self._masked(np.ones(len(self.new), dtype=bool), value, slope=0.0)
         return replace(filled, uniform=True)
 
+    def _overwritten(self, step: Step) -> Content:
+        """Return what a view holds of which some entries were written in place elsewhere."""
+        if not all(map(self._has, step.inputs)):
+            return self.arbitrary()
+        return self._joined([self.content(number) for number in step.inputs])
+
     def _masked(
         self, constant: np.ndarray, value: float | np.ndarray, slope: float = 1.0
     ) -> Content:
@@ -367,9 +375,15 @@ class Follower:
             return None
         averaged = [2] if meeting else self._carrying(step)
         self._meet(step, [slot for slot in averaged if slot < 2])
-        if averaged == [2]:
+        if averaged == [2]:  # features of values: the same weights average each of them
             content = self.content(step.inputs[2])
-            return self._masked(content.zero(), 0.0) if not _draws(step) else self.arbitrary()
+            lost = content.constant() & ~content.zero()
+            return Content(
+                self.new,
+                np.where(lost, self.new, content.like),
+                np.where(lost, 1.0, content.scale),
+                content.slope,
+            )
         return self._kept(step)
 
     def _meet(self, step: Step, factors: list[int]) -> None:
@@ -616,9 +630,12 @@ class Follower:
         product = step.func.overloadpacket in _PRODUCTS
         if not computed:
             computed, carried = list(contents.values()), []
+        # beside numbers that are the same for all units, equal units stay equal
+        own = [c for c in computed if not c.uniform] or computed
+        mixed, computed = len(own) < len(computed), own
         for k, u in enumerate(self.new):
             i, s = computed[0].like[k], computed[0].scale[k]
-            if i == u or i < 0:
+            if i == u or i < 0 or (mixed and s != 1):
                 continue
             if any(c.like[k] != i or c.scale[k] != s for c in computed[1:]):
                 continue
@@ -835,16 +852,20 @@ class Follower:
         if len(dims) != 1:
             return self.arbitrary()
         rows = self.slices(ParameterDim(source.path, dims[0]))
-        bias = self._bias(step)
+        bias, computed = self._bias(step), None
         if bias is None:
-            return self.arbitrary()
+            computed = step.inputs[step.bias or 0]
+            if not self._has(computed):
+                return self.arbitrary()
+            bias = torch.zeros(len(self.resized.units), 1, dtype=torch.double)
         like, scale = self.guess
         value = _one_number(bias[torch.from_numpy(self.new)])
         zero = (rows[torch.from_numpy(self.new)] == 0).all(1).numpy()
-        if source.dims is not None:
+        if source.dims is not None and computed is None:
             self._note_parts(step.outputs[0], ParameterDim(source.path, dims[0]), rows, bias)
-        else:  # perhaps a part of the tensor, which may be zero where the others are not
-            zero = zero | self.content(step.inputs[slot]).zero()
+        else:
+            if source.dims is None:  # a part of the tensor, zero where the others may not be
+                zero = zero | self.content(step.inputs[slot]).zero()
             added = None if step.bias is None else self.content(step.inputs[step.bias])
             if added is not None:
                 value = np.where(added.constant(), added.scale, value)
@@ -860,12 +881,13 @@ class Follower:
         )
         code = self._averaged(both, ParameterDim(source.path, dims[0]))
         mean = code <= MEAN
-        return Content(
+        found = Content(
             self.new,
             np.where(mean, code, np.where(zero, CONSTANT, np.where(fits, like, self.new))),
             np.where(mean, 1.0, np.where(zero, value, np.where(fits, scale, 1.0))),
             np.ones(len(self.new)),
         )
+        return found if computed is None else self._joined([found, self.content(computed)])
 
     def _note_parts(
         self, number: int, at: ParameterDim, rows: Tensor, bias: Tensor | None = None

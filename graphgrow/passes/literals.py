@@ -30,9 +30,10 @@ def resize(
 ) -> tuple[fx.Graph, Numbers]:
     """Return `structure` with the sizes stated in calls changed to what `widths` make them.
 
-    `among` has the nodes to look at, by mode and name, `scaled` a factor for the number that a call
-    adds to a statistic. The same graph comes back where nothing changes; a changed node's meta says
-    so in `edited`. The second part has the new value of each of these nodes that computes a number.
+    `among` has the nodes to look at, by mode and name, `scaled` a factor for the number in a call
+    that is no size: what it adds to a statistic, or multiplies with. The same graph comes back
+    where nothing changes; a changed node's meta says so in `edited`. The second part has the new
+    value of each of these nodes that computes a number.
 
     Raises:
         NotApplicable: where a size cannot be stated anew.
@@ -160,6 +161,16 @@ class _Edits:
         if not self._is_of_axes(arg):
             raise NotApplicable(
                 f"the number '{arg.name}' mixes the width with other sizes, and should not change"
+            )
+        return before
+
+    def constant(self, arg: Any) -> Any:
+        """Return a number as it was, if it is stated or computed from the width that is edited."""
+        before = self.number_before(arg)
+        computed = isinstance(arg, fx.Node)
+        if computed and (before == self.number(arg) or not self._is_of_axes(arg)):
+            raise NotApplicable(
+                f"the number '{arg.name}' would have to be another one, and it is computed"
             )
         return before
 
@@ -443,12 +454,21 @@ def _call(node: fx.Node) -> Call:
     return node.target, tuple(node.args), dict(node.kwargs)
 
 
-# position and default of the number that a norm adds to a spread
-_EPS = {"layer_norm": (4, 1e-5), "rms_norm": (3, None), "group_norm": (4, 1e-5)}
+# position and default of the number that a norm adds to a spread, or bounds a length by
+_EPS = {
+    "layer_norm": (4, 1e-5),
+    "rms_norm": (3, None),
+    "group_norm": (4, 1e-5),
+    "normalize": (3, 1e-12),
+    "cosine_similarity": (3, 1e-8),
+}
+_BOUNDED = {"clamp", "clip", "clamp_min", "clamp_max"}
+_ONE_NUMBER = {"add", "iadd", "radd", "sub", "isub", "mul", "imul", "rmul", "multiply"}
+_ONE_NUMBER |= {"div", "truediv", "itruediv", "divide", "true_divide"}
 
 
 def _with_number(edits: _Edits, call: Call, factor: float) -> Call:
-    """Return a call with the number that it adds multiplied by `factor`."""
+    """Return a call with the number that it adds, or multiplies with, multiplied by `factor`."""
     target, args, named = call
     name = target if isinstance(target, str) else target.__name__
     if name in _EPS:
@@ -458,13 +478,27 @@ def _with_number(edits: _Edits, call: Call, factor: float) -> Call:
         if eps is not None:
             return target, args[:at], {**named, "eps": eps * factor}
         raise NotApplicable("its eps is not given, so it depends on the precision; give one")
+    if name == "scaled_dot_product_attention":
+        return target, args, {**named, "scale": _stated_scale(edits, call) * factor}
     places = [i for i, a in enumerate(args) if type(edits.number_before(a)) in (int, float)]
-    if name.strip("_") not in ("add", "iadd", "radd", "sub", "isub") or len(places) != 1:
-        raise NotApplicable(
-            f"what it adds to a statistic would have to be multiplied by {factor:.6g}"
-        )
-    new = [edits.number_before(a) * factor if i in places else a for i, a in enumerate(args)]
-    return target, tuple(new), named
+    by_name = [n for n, a in named.items() if type(edits.number_before(a)) in (int, float)]
+    bounded, count = name.strip("_") in _BOUNDED, len(places) + len(by_name)
+    if not (bounded and count) and not (name.strip("_") in _ONE_NUMBER and count == 1):
+        raise NotApplicable(f"its number would have to be multiplied by {factor:.6g}")
+    new = [edits.constant(a) * factor if i in places else a for i, a in enumerate(args)]
+    more = {n: edits.constant(named[n]) * factor for n in by_name}
+    return target, tuple(new), {**named, **more}
+
+
+def _stated_scale(edits: _Edits, call: Call) -> float:
+    """Return the scale of an attention, torch's own where none is stated."""
+    _, args, named = call
+    scale, dims = named.get("scale"), edits.dims(args[0] if args else named["query"])
+    if scale is not None:
+        return edits.number_before(scale)
+    if dims is None:
+        raise NotApplicable("its scale is not known")
+    return dims[-1].size(edits.after) ** -0.5
 
 
 # Calls whose numbers are sizes or positions: all of them, or those before an argument.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from graphgrow.ir.analyse import ParameterDim, Step
 from graphgrow.ir.rules import Kind, aten
-from graphgrow.passes.factors import Compensation, compensated
+from graphgrow.passes.factors import Compensation, compensated, repeats
 from graphgrow.passes.follow import Arrival, Follower, Reduction
 from graphgrow.passes.ranges import Box
 from graphgrow.passes.units import Resized
@@ -153,11 +153,12 @@ def _judged(follower: Follower, arrival: Arrival, narrow: Mapping[str, Tensor]) 
     if arrival.weight is None and arrival.other is None:
         return Verdict()
     if arrival.weight is None:
-        zero = arrival.content.zero()
-        if arrival.other is not None:
-            zero = zero | arrival.other.zero()
-        if zero.all():
+        factor = repeats(follower, arrival)
+        if factor == 1:
             return Verdict(lines=("new units are zero and add nothing",))
+        if factor is not None:
+            copies = f"{_unchanged(arrival)}, in both factors"
+            return Verdict(lines=(f"{copies}: the sum is multiplied by {factor:.6g}",))
         return Verdict(f"{step.where} sums over its units with no weight that could be zero")
     reduction = follower.reduction(arrival)
     places = old_entries(follower.resized, arrival.weight)
@@ -274,7 +275,7 @@ def _alive(follower: Follower, arrival: Arrival) -> np.ndarray:
     if arrival.weight is None:
         moves = content.slope != 0
         if other is None and arrival.step.func.overloadpacket not in (aten.sum, aten.mean):
-            return np.zeros(len(moves), dtype=bool)  # a norm is flat where a unit is zero
+            return ~content.zero()  # a norm is flat where a unit is zero
         if other is None:
             return ~content.zero() | moves
         # a product of two: the one that is zero moves if the other is not
