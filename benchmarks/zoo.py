@@ -237,7 +237,8 @@ def widened(model: nn.Module, graph: gg.Graph, inputs: architectures.Inputs, mos
     remembered = Remembered(model)
     units = odd_number(graph)
     free = [axis.name for axis in graph.axes.values() if axis.obstacle is None]
-    together, more, refused, apart = graph, dict[str, int](), [], list[str]()
+    wider, together, more = graph, graph, dict[str, int]()
+    refused, apart = list[str](), list[str]()
     for name in free:
         try:
             wider = gg.apply(together, gg.Widen(name, units), verify=False).graph
@@ -257,6 +258,7 @@ def widened(model: nn.Module, graph: gg.Graph, inputs: architectures.Inputs, mos
     found["copied"] = len(more) - len(fits)
     found["together"] = gg.compare(remembered, together, **inputs).relative
     found["back"] = gap(graph, back(graph, together, more, at_end=True))
+    del together, wider  # as large as the model
     found["alone"] = found["zeros"] = 0
     found["alone_difference"] = 0.0
     for name in [*apart, *sampled(list(more), most)]:
