@@ -116,20 +116,17 @@ def removed(model: nn.Module, inputs: architectures.Inputs, layers: int) -> list
 
 def loses_one(model: nn.Module, path: str, inputs: architectures.Inputs, built: Any) -> bool:
     """Return whether a copy of a model runs as before once a layer has lost a unit."""
-    peer = importlib.import_module("torch_pruning")
     pruned = copy.deepcopy(model)
     layer: Any = pruned.get_submodule(path)
     groups = getattr(layer, "groups", 1)
     width = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
-    function = {
-        nn.Linear: peer.prune_linear_out_channels,
-        nn.Conv2d: peer.prune_conv_out_channels,
-    }.get(type(layer), peer.prune_conv_out_channels)
     try:
         whole = [tuple(t.shape) for t in outputs(model, inputs)]
-        units = [g * (width // groups) for g in range(groups)]
-        group = built(pruned).get_pruning_group(layer, function, idxs=units)
-        group.prune()
+        each = groups if groups < width else 1
+        units = [group * (width // groups) for group in range(each)]
+        dependencies = built(pruned)
+        function = dependencies.get_pruner_of_module(layer).prune_out_channels
+        dependencies.get_pruning_group(layer, function, idxs=units).prune()
         return [tuple(t.shape) for t in outputs(pruned, inputs)] == whole
     except Exception:  # whatever it or the model raises, the unit is not removed
         return False
