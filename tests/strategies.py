@@ -291,7 +291,6 @@ SMOOTH = (nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.Softplus)
 KINKED = (
     lambda: nn.LeakyReLU(0.1),
     nn.ReLU,
-    lambda: nn.ReLU(inplace=True),
     nn.Hardswish,
     nn.ReLU6,
     nn.ELU,
@@ -407,10 +406,14 @@ def _layer(
     )
 
 
-def _activation(draw: st.DrawFn, taste: _Taste, shape: Shape) -> nn.Module:
+def _activation(
+    draw: st.DrawFn, taste: _Taste, shape: Shape, after_layer: bool = False
+) -> nn.Module:
     if taste.smooth:
         return draw(st.sampled_from(SMOOTH))()
     kinds = (*SMOOTH, *KINKED, lambda: nn.PReLU(shape[0]))
+    if after_layer:  # other activations need what they gave as it was
+        kinds = (*kinds, lambda: nn.ReLU(inplace=True))
     return draw(st.sampled_from(kinds))()
 
 
@@ -431,7 +434,7 @@ def _unit(
     if draw(st.booleans()):
         parts.append(_norm(draw, taste, now))
     if draw(st.booleans()):
-        parts.append(_activation(draw, taste, now))
+        parts.append(_activation(draw, taste, now, after_layer=True))
     return nn.Sequential(*parts)
 
 

@@ -882,7 +882,8 @@ def related(row: Row, sample: Sample, seed: int) -> Related:
         for atom in layout.leaves(c.over):
             summed.setdefault(names[atom], []).append((c.slot, c.dim))
     frozen = {name: atom.frozen for atom, name in names.items() if atom.frozen is not None}
-    mixed = {names[atom] for atom in layout.leaves(outcome.mixed)}
+    over = (outcome.mixed, outcome.standardised)
+    mixed = {names[atom] for parts in over for atom in layout.leaves(parts)}
     ins, outs = settled(dims), call.outs
     return Related(sample, row, outcome, tensors, outs, ins, outputs, widths, frozen, summed, mixed)
 
@@ -975,7 +976,9 @@ def normed(r: Related, tensors: list[Tensor]) -> list[Tensor]:
     x, *rest = args
     if r.sample.func.overloadpacket is aten.native_layer_norm:
         return list(r.sample.func(x, [x.shape[-1]], *rest[1:]))
-    return list(r.sample.func(x, *rest[:3], x.shape[1], *rest[4:]))
+    if r.sample.func.overloadpacket is aten.native_group_norm:
+        return list(r.sample.func(x, *rest[:3], x.shape[1], *rest[4:]))
+    return list(r.sample.func(*args))
 
 
 def check_mean(r: Related, axis: str, more: int) -> None:
