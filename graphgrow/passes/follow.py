@@ -9,8 +9,8 @@ that; removal makes it so.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -19,74 +19,14 @@ from torch.utils._pytree import tree_map
 
 from graphgrow.ir.analyse import Analysis, ParameterDim, Slot, Source, Step
 from graphgrow.ir.rules import Kind, Window, aten
+from graphgrow.passes.content import CONSTANT, Arrival, Content, Reduction
+from graphgrow.passes.likeness import close, likeness
 from graphgrow.passes.mixtures import MEAN, Mixtures
 from graphgrow.passes.parts import Parts
 from graphgrow.passes.ranges import Ranges
 from graphgrow.passes.standard import standards
 from graphgrow.passes.units import Resized, picked
 from graphgrow.passes.windows import disturbance
-
-CONSTANT = -1
-
-
-@dataclass(frozen=True, eq=False)
-class Content:
-    """What new units hold in one tensor: `scale` times unit `like`, or where that is −1 `scale`.
-
-    Units are positions in the wider axis. A unit that is like itself is arbitrary, one that is like
-    −2 the mean of the old ones, below that a mean with weights (`Mixtures`). `slope` says
-    how a constant moves with the weights that write it, per unit of its pre-activation; zero means
-    that those weights get no gradient. `units` are the new units themselves.
-    """
-
-    units: np.ndarray
-    like: np.ndarray
-    scale: np.ndarray
-    slope: np.ndarray
-    uniform: bool = False
-
-    def constant(self) -> np.ndarray:
-        """Return which units hold a constant."""
-        return self.like == CONSTANT
-
-    def mean(self) -> np.ndarray:
-        """Return which units hold the mean of the old ones."""
-        return self.like == MEAN
-
-    def mixed(self) -> np.ndarray:
-        """Return which units hold a mean of the old ones, with any weights."""
-        return self.like <= MEAN
-
-    def zero(self) -> np.ndarray:
-        """Return which units are zero."""
-        return self.constant() & (self.scale == 0)
-
-
-@dataclass(frozen=True, eq=False)
-class Arrival:
-    """New units of known content at an operator that contracts them.
-
-    `weight` is the parameter dim they meet, None where two activations meet or a plain sum is
-    taken; `kept` are the other factors' contents then.
-    """
-
-    step: Step
-    content: Content
-    weight: ParameterDim | None
-    other: Content | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class Reduction:
-    """The weights that a narrower axis needs: `columns` `(old width, entries)`.
-
-    `own` is the sum left for new units that hold something of their own, zero where the narrower
-    layer can do without them; `constant` is what constant units add, `(entries,)`.
-    """
-
-    columns: Tensor
-    own: Tensor
-    constant: Tensor
 
 
 class Follower:
@@ -138,38 +78,12 @@ class Follower:
 
     def _guess(self) -> tuple[np.ndarray, np.ndarray]:
         """Return for each new unit the unit that it is a multiple of, and the multiple."""
-        like, scale = self.new.copy(), np.ones(len(self.new))
         axis = self.resized.analysis.axes[self.axis]
         written = [self.slices(at) for at in axis.producers if self.state[at.path].dim() > 0]
         if not written or not self.needed.any():
-            return like, scale
+            return self.new.copy(), np.ones(len(self.new))
         incoming = torch.cat(written, 1)
-        norms = incoming.norm(dim=1)
-        unit = incoming / norms.clamp(min=1e-300)[:, None]
-        order = np.concatenate([self.old, self.new])
-        asked = np.flatnonzero(self.needed)
-        parallel = (unit[torch.from_numpy(self.new[asked])] @ unit.T).abs().numpy() > 1 - 1e-12
-        for k, alike in zip(asked, parallel, strict=True):
-            u, before = self.new[k], order[: len(self.old) + k]
-            if norms[u] == 0:
-                continue
-            candidates = before[alike[before]]
-            found = next(iter(self._alike(incoming, norms, u, candidates)), None)
-            if found is not None:
-                like[k], scale[k] = found
-        return like, scale
-
-    def _alike(
-        self, rows: Tensor, norms: Tensor, u: int, candidates: np.ndarray
-    ) -> Iterator[tuple[int, float]]:
-        """Yield the candidates whose incoming weights are a multiple of unit u's, equal first."""
-        for i in candidates:
-            if torch.equal(rows[i], rows[u]):
-                yield int(i), 1.0
-        for i in candidates:
-            ratio = float(rows[u] @ rows[i] / norms[i] ** 2)
-            if _close(rows[u], ratio * rows[i], self._eps()):
-                yield int(i), ratio
+        return likeness(incoming, self.old, self.new, self.needed, self._eps())
 
     def _eps(self) -> float:
         axis = self.resized.analysis.axes[self.axis]
@@ -643,7 +557,7 @@ class Follower:
                 fits = all(torch.equal(e[u], e[i]) for e in carried)
             else:
                 fits = _scales(step, len(contents), s) and all(
-                    _close(e[u], s * e[i], self._eps()) for e in carried
+                    close(e[u], s * e[i], self._eps()) for e in carried
                 )
             if fits:
                 like[k], scale[k] = i, s
@@ -736,7 +650,7 @@ class Follower:
         if torch.equal(weight, of_weight) and torch.equal(bias, of_bias):
             return 1.0
         factor = float(weight / of_weight)
-        fits = _close(bias, factor * of_bias, self._eps()) and np.isfinite(factor)
+        fits = close(bias, factor * of_bias, self._eps()) and np.isfinite(factor)
         return factor if fits else float("nan")
 
     def _norm_part(self, step: Step, position: int) -> Tensor | None:
@@ -873,8 +787,7 @@ class Follower:
         both = torch.cat([rows, bias], 1)
         fits = np.array(
             [
-                like[k] != u
-                and _close(both[u], scale[k] * both[like[k]], self._tolerance(scale[k]))
+                like[k] != u and close(both[u], scale[k] * both[like[k]], self._tolerance(scale[k]))
                 for k, u in enumerate(self.new)
             ],
             dtype=bool,
@@ -992,13 +905,6 @@ def _one_number(entries: Tensor) -> np.ndarray:
     """Return the number that all entries of each unit are, NaN where they differ."""
     same = (entries == entries[:, :1]).all(1)
     return torch.where(same, entries[:, 0].double(), torch.nan).numpy()
-
-
-def _close(a: Tensor, b: Tensor, eps: float) -> bool:
-    """Return whether two rows are equal up to rounding at the precision `eps`."""
-    if eps == 0:
-        return torch.equal(a, b)
-    return bool((a - b).abs().max() <= 8 * eps * max(float(a.abs().max()), 1e-300))
 
 
 def _masks(step: Step) -> set[int]:

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from graphgrow.ir.analyse import ParameterDim, Step
 from graphgrow.ir.rules import Kind, aten
+from graphgrow.passes.content import Arrival, Reduction
 from graphgrow.passes.factors import Compensation, compensated, repeats
-from graphgrow.passes.follow import Arrival, Follower, Reduction
+from graphgrow.passes.follow import Follower
 from graphgrow.passes.ranges import Box
 from graphgrow.passes.units import Resized
 

@@ -16,8 +16,9 @@ from graphgrow.ir.analyse import Analysis, Axis, ParameterDim, Slot
 from graphgrow.ir.assemble import assemble
 from graphgrow.ir.graph import Graph
 from graphgrow.ir.layout import Layout
+from graphgrow.passes.content import Arrival, Reduction
 from graphgrow.passes.factors import Compensation, listed
-from graphgrow.passes.follow import Arrival, Follower, Reduction
+from graphgrow.passes.follow import Follower
 from graphgrow.passes.prove import Proof, Verdict, judge, old_entries, per_output, rounding
 from graphgrow.passes.ranges import CLIPS, Box, Ranges, domain, is_bounded, ranges
 from graphgrow.passes.resize import resize
