@@ -7,7 +7,7 @@ the cache yet, in a process of its own, with random weights, stirred as by train
 inputs, in float64; then writes the table of all that is in the cache. `--again` runs what is in the
 cache once more, `--only-table` nothing. A run that was stopped goes on where it was. Needs
 torchvision, timm, transformers, segmentation_models_pytorch and torch_geometric
-(requirements/zoo.txt); the largest models need some 20 GB.
+(requirements/zoo.txt); the two largest need more than 23 GB.
 
 Of each model: every axis without an obstacle is widened by the smallest prime from 3 on that
 divides no width in it, all of them at once, and up to N of them each alone (1000); where that is

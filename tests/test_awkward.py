@@ -85,6 +85,16 @@ def test_heads_multiplied_with_a_size_of_the_run_follow_again_and_in_the_users_m
     assert gg.compare(before, model, case.inputs(5)).relative <= 1e-12
 
 
+def test_removing_units_where_only_eps_follows_is_held_to_rounding_in_single_precision() -> None:
+    case = CASES["StandardisedWithoutGain"]
+    torch.manual_seed(0)
+    model = fill(case.module(), 1).float()
+    grown = gg.apply(gg.trace(model, case.inputs(2).float()), gg.Widen("a[0]", 3)).graph
+    back = gg.apply(grown, gg.Remove("a[0]", (2, 3, 4)))
+    assert 0 < back.proof.rounding < 1e-4
+    assert gg.compare(model, back.graph, case.inputs(3).float()).relative <= back.proof.rounding
+
+
 # A softmax over keys does not see a key's bias; a unit that is not the largest does not learn.
 BLIND = {
     ("AttentionManual", "k.bias"),
