@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_map_only
 from graphgrow.dispatch import Dispatch
 from graphgrow.draws import Mean
 from graphgrow.errors import NotEquivalent
+from graphgrow.ir.analyse import written
 from graphgrow.ir.graph import Graph
 from graphgrow.ir.lower import lower
 
@@ -62,7 +63,7 @@ def compare(
     """Return how far the outputs of `after` are from those of `before` on the given inputs.
 
     Copies run, in float64 with their inputs unless `double` is off, also where their code casts to
-    less (norms of transformers' models do); the models, their buffers,
+    less (norms of transformers' models do); the models, their tensors,
     modes and gradients, and the states of the random number generators stay as they are. Random
     numbers are replaced by their mean, because what dropout draws depends on the widths: dropout
     and stochastic depth keep everything, uniform numbers are a half, normal ones zero. What has no
@@ -88,28 +89,100 @@ def compare(
 def _outputs(
     model: nn.Module | Graph, training: bool, double: bool, inputs: tuple, kwargs: dict
 ) -> Any:
-    """Return what a copy of `model` makes of a copy of the inputs in the given mode."""
-    module = _copied(model).train(training)
+    """Return what a copy of `model` makes of a copy of the inputs in the given mode.
+
+    The copy has the model's own parameters where these need no cast; if its code asks to write to
+    one, which hardly any does, it runs again on copies of them all.
+    """
+    for parameters in (_parameters(model, double), {}):
+        kept = _Kept(parameters.values())
+        try:
+            outputs = _ran(_copied(model, parameters), training, double, inputs, kwargs, kept)
+        except Exception as error:
+            if kept.asked_for:
+                continue
+            error.add_note(
+                f"while comparing: {_class(model)} in {'train' if training else 'eval'} mode"
+                + (", in float64 (double=False runs it as it is)" if double else "")
+            )
+            raise
+        if not kept.asked_for:
+            return outputs
+    raise AssertionError("a run on copies alone asks for nothing")
+
+
+def _ran(
+    module: nn.Module, training: bool, double: bool, inputs: tuple, kwargs: dict, kept: _Kept
+) -> Any:
+    """Return what `module` itself makes of a copy of the inputs, random numbers being means."""
+    module.train(training)
     args, named = tree_map_only(Tensor, lambda t: t.detach().clone(), (inputs, kwargs))
     if double:
         args, named = tree_map_only(Tensor, _doubled, (args, named))
         _double(module)
-    try:
-        with _same_random_numbers(module), torch.no_grad(), Mean(), _precision(double):
-            return module(*args, **named)
-    except Exception as error:
-        error.add_note(
-            f"while comparing: {type(module).__name__} in {'train' if training else 'eval'} mode"
-            + (", in float64 (double=False runs it as it is)" if double else "")
-        )
-        raise
+    with _same_random_numbers(module), torch.no_grad(), kept, Mean(), _precision(double):
+        return module(*args, **named)
 
 
-def _copied(model: nn.Module | Graph) -> nn.Module:
-    """Return a copy of a model, or a graph lowered over copies of its tensors."""
+def _class(model: nn.Module | Graph) -> str:
+    return type(model.modules[""] if isinstance(model, Graph) else model).__name__
+
+
+def _parameters(model: nn.Module | Graph, double: bool) -> dict[int, nn.Parameter]:
+    """Return for the id of each plain parameter another one of the same numbers, cast if asked."""
+    tensors = model.state.values() if isinstance(model, Graph) else model.parameters()
+    plain = [t for t in tensors if type(t) is nn.Parameter and t.layout is torch.strided]
+    numbers = [_doubled(tensor.data) if double else tensor.data for tensor in plain]
+    return {
+        id(tensor): nn.Parameter(number, tensor.requires_grad)
+        for tensor, number in zip(plain, numbers, strict=True)
+    }
+
+
+def _copied(model: nn.Module | Graph, parameters: dict[int, nn.Parameter]) -> nn.Module:
+    """Return a copy of a model with these parameters, or of a graph's tensors in its lowering."""
+    memo: dict[int, Any] = {**parameters}
     if not isinstance(model, Graph):
-        return copy.deepcopy(model)
-    return lower(replace(model, state=copy.deepcopy(dict(model.state))))
+        return copy.deepcopy(model, memo)
+    return lower(replace(model, state=copy.deepcopy(dict(model.state), memo)))
+
+
+class _Kept(Dispatch):
+    """Within it, no operator writes to the given tensors; it is asked for, if one would."""
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.storages = {_storage(tensor) for tensor in tensors} - {None}
+        self.asked_for = False
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Return what `func` returns, if it keeps the tensors as they are."""
+        named = {**(kwargs or {})}
+        if any(_storage(tensor) in self.storages for tensor in _at_risk(func, args, named)):
+            self.asked_for = True
+            raise RuntimeError(f"'{func}' would write to a parameter")
+        return func(*args, **named)
+
+
+def _at_risk(func: Any, args: tuple[Any, ...], named: dict[str, Any]) -> list[Tensor]:
+    """Return what an operator writes in place, and statistics: norms write them unsaid."""
+    places = {a.name: i for i, a in enumerate(func._schema.arguments)}
+    unsaid = ("running_mean", "running_var")
+    found = [args[places[n]] for n in unsaid if places.get(n, len(args)) < len(args)]
+    found += written(func, args, named) if func._schema.is_mutable else []
+    return [*found, *(named[n] for n in unsaid if n in named)]
+
+
+def _storage(value: Any) -> int | None:
+    """Return what tells whether two tensors share memory; None of what is none or has none."""
+    strided = isinstance(value, Tensor) and value.layout is torch.strided
+    return value.untyped_storage()._cdata if strided else None
 
 
 def _precision(double: bool) -> AbstractContextManager[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import random
@@ -71,6 +72,44 @@ def test_code_that_casts_to_less_runs_in_double_precision_too():
     one, other = Gives(lambda x: norm(x, 1)), Gives(lambda x: norm(x, 3))
     assert compare(one, other, X).relative < 1e-15
     assert compare(one, other, X, double=False).relative > 1e-9
+
+
+class Writes(nn.Module):
+    """A model whose forward writes to its parameters, three ways, or reads where they are."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.weight = nn.Parameter(torch.full((2,), 3.0, dtype=torch.float64))
+        self.mean = nn.Parameter(torch.zeros(2, dtype=torch.float64), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "in place":
+            self.weight.data[:1].mul_(0.5)
+        elif self.how == "quietly":
+            with contextlib.suppress(Exception):
+                self.weight.clamp_(max=1.0)
+        elif self.how == "statistics":
+            torch.batch_norm(x, None, None, self.mean, self.weight, True, 0.1, 1e-5, False)
+        return x * self.weight + self.mean
+
+
+@pytest.mark.parametrize("how", ["in place", "quietly", "statistics"])
+def test_a_forward_that_writes_to_parameters_writes_to_copies(how):
+    model, x = Writes(how), torch.arange(6.0).reshape(3, 2)
+    was = copy.deepcopy(model.state_dict())
+    reads = Gives(copy.deepcopy(model).train())  # runs once, on the copies that are compared
+    assert compare(model, reads, x).absolute == 0.0
+    assert compare(Writes("not"), model, x).absolute > 0.1
+    assert all(torch.equal(was[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_parameters_that_need_no_cast_and_are_not_written_to_are_not_copied():
+    places = list[int]()
+    model = Writes("not")
+    model.register_forward_hook(lambda self, *_: places.append(self.weight.data_ptr()))
+    compare(model, model, torch.ones(1, 2))
+    assert set(places) == {model.weight.data_ptr()}
 
 
 def test_without_double_the_models_run_as_they_are():
