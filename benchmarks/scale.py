@@ -1,22 +1,27 @@
 """Large models, traced and widened: time, and memory relative to the model's own.
 
-    python benchmarks/scale.py [NAME ...]
+    python benchmarks/scale.py [NAME ...] [--profile N]
 
 Each in a process of its own, in float32, on one thread; times are of CPU. `gpt` is 24 layers of
 width 1024 as GPT-2 has them, written here, and widened in every MLP; `gpt2` the same size of
 transformers' GPT-2 (skipped without transformers); `densenet` torchvision's DenseNet-201 and
-`resnet` a ResNet of 1000 convolutions, both widened in every axis that can grow. *memory* is the
-highest resident memory over that after building the model, in multiples of its tensors, the model
-itself counted once. Needs torchvision for `densenet`.
+`resnet` a ResNet of 1000 convolutions, both widened in every axis that can grow, one after another;
+`resnet500` has half as many, and should take half as long. *memory* is the highest resident memory
+over that after building the model, in multiples of its tensors, the model itself counted once.
+Needs torchvision for `densenet`. With `--profile` the N functions that took most follow, in seconds
+of their own under the profiler, which makes calls of Python slower than they are.
 """
 
 from __future__ import annotations
 
 import argparse
+import cProfile
+import functools
 import importlib
 import importlib.util
 import itertools
 import multiprocessing
+import pstats
 import sys
 import threading
 import time
@@ -39,13 +44,17 @@ def main() -> None:
     """Print a line for each model."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", choices=[[], *MODELS], metavar="NAME")
+    parser.add_argument("--profile", type=int, default=0, metavar="N")
+    options = parser.parse_args()
     print("model      tensors  axes  widened   trace  analyse   widen   memory  difference")
-    for name in parser.parse_args().names or MODELS:
+    for name in options.names or MODELS:
         if name == "gpt2" and importlib.util.find_spec("transformers") is None:
             print("gpt2       needs transformers (requirements/zoo.txt)")
             continue
         end, given = multiprocessing.Pipe(duplex=False)
-        process = multiprocessing.get_context("spawn").Process(target=measured, args=(name, given))
+        process = multiprocessing.get_context("spawn").Process(
+            target=measured, args=(name, given, options.profile)
+        )
         process.start()
         given.close()
         try:
@@ -134,17 +143,20 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor], str]] = {
     "gpt2": (gpt2, words, "c_fc"),
     "densenet": (densenet, lambda: torch.randn(2, 3, 64, 64), ""),
     "resnet": (resnet, lambda: torch.randn(2, 3, 8, 8), ""),
+    "resnet500": (functools.partial(resnet, 500), lambda: torch.randn(2, 3, 8, 8), ""),
 }
 
 
-def measured(name: str, given: Connection) -> None:
-    """Send a line on one model."""
+def measured(name: str, given: Connection, functions: int) -> None:
+    """Send a line on one model, and a profile of so many functions below it."""
     torch.set_num_threads(1)
     build, inputs, only = MODELS[name]
     with vision.silenced():
         model, x = build(), inputs()
     size = sum(t.numel() * t.element_size() for t in {*model.parameters(), *model.buffers()})
-    start, watch = resident(), Watch()
+    start, watch, profile = resident(), Watch(), cProfile.Profile()
+    if functions:
+        profile.enable()
     times = [time.process_time()]
     graph = gg.trace(model, x)
     times.append(time.process_time())
@@ -161,12 +173,24 @@ def measured(name: str, given: Connection) -> None:
         except gg.NotApplicable:
             continue
     times.append(time.process_time())
+    profile.disable()
     memory = (watch.stop() - start + size) / size
     found = gg.compare(graph, grown, x, double=False).relative
     trace, analyse, widen_ = (b - a for a, b in itertools.pairwise(times))
     given.send(
         f"{name:10} {size / 2**20:5.0f} MB {len(axes):5} {done:8} {trace:6.1f} s {analyse:6.1f} s "
         f"{widen_:6.1f} s {memory:7.1f} {found:11.0e}"
+        + (most_of(profile, functions) if functions else "")
+    )
+
+
+def most_of(profile: cProfile.Profile, functions: int) -> str:
+    """Return lines: seconds of its own, calls and name of the functions that took most."""
+    stats = pstats.Stats(profile).get_stats_profile().func_profiles
+    longest = sorted(stats.items(), key=lambda item: -item[1].tottime)[:functions]
+    return "".join(
+        f"\n{own.tottime:16.1f} s {own.ncalls:>16}  {Path(own.file_name).name} {name}"
+        for name, own in longest
     )
 
 

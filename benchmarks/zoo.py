@@ -233,19 +233,41 @@ def counted(sentences: Iterable[str]) -> dict[str, int]:
 
 
 def widened(model: nn.Module, graph: gg.Graph, inputs: architectures.Inputs, most: int) -> Found:
-    """Return what widening did, at once and `most` axes alone, and removing after it."""
+    """Return what widening did, at once and `most` axes alone, and removing after it.
+
+    Of the graphs that come about on the way, each as large as the model, no more than two are held
+    at a time beside the first.
+    """
     remembered = Remembered(model)
-    units = odd_number(graph)
-    free = [axis.name for axis in graph.axes.values() if axis.obstacle is None]
-    wider, together, more = graph, graph, dict[str, int]()
-    refused, apart = list[str](), list[str]()
-    for name in free:
+    found: Found = {"traced": gg.compare(remembered, graph, **inputs).relative}
+    more, apart, at_once = all_at_once(remembered, graph, inputs)
+    fits = [name for name, count in more.items() if count == at_once["units"]]
+    found |= at_once | {"widened": len(fits + apart), "copied": len(more) - len(fits)}
+    names = [*apart, *sampled(list(more), most)]
+    moved = [alone(remembered, graph, inputs, name, more.get(name)) for name in names]
+    found |= {"alone": len(names), "alone_difference": max(moved, default=0.0)}
+    zeros = [among(graph, name) for name in [*apart, *sampled(fits, ZEROS)]]
+    done = [same for same in zeros if same is not None]
+    found |= {"zeros": len(done), "back": max([found["back"], *done])}
+    if difference(found) > ROUNDED:
+        found["rounding"] = gg.compare(model, Nudged(model), **inputs).relative
+    return found
+
+
+def all_at_once(
+    remembered: Remembered, graph: gg.Graph, inputs: architectures.Inputs
+) -> tuple[dict[str, int], list[str], Found]:
+    """Return how many units came to axes, which are too large together, and what was found."""
+    units, together = odd_number(graph), graph
+    more, refused, apart = dict[str, int](), list[str](), list[str]()
+    for name in (axis.name for axis in graph.axes.values() if axis.obstacle is None):
         try:
             wider = gg.apply(together, gg.Widen(name, units), verify=False).graph
             if size(wider) > MOST * size(graph):  # axes inside axes, whose widths multiply
                 apart.append(name)
-                continue
-            together, more[name] = wider, units
+            else:
+                together, more[name] = wider, units
+            del wider
         except gg.NotApplicable as error:
             width, sentence = together.axes[name].width, str(error).split(": ", 1)[1]
             copies = gg.Widen(name, width, weights=gg.Copy())
@@ -253,31 +275,42 @@ def widened(model: nn.Module, graph: gg.Graph, inputs: architectures.Inputs, mos
                 together = gg.apply(together, copies, verify=False).graph
                 more[name], sentence = width, f"{WHOLE} {sentence}"
             refused.append(sentence)
-    fits = [name for name, count in more.items() if count == units]
-    found: Found = {"units": units, "widened": len(fits + apart), "refused_axes": counted(refused)}
-    found["copied"] = len(more) - len(fits)
+    found: Found = {"units": units, "refused_axes": counted(refused)}
     found["together"] = gg.compare(remembered, together, **inputs).relative
-    found["back"] = gap(graph, back(graph, together, more, at_end=True))
-    del together, wider  # as large as the model
-    found["alone"] = found["zeros"] = 0
-    found["alone_difference"] = 0.0
-    for name in [*apart, *sampled(list(more), most)]:
-        count = more.get(name, units)
-        widen = gg.Widen(name, count, weights=None if count == units else gg.Copy())
-        alone = gg.apply(graph, widen, verify=False).graph
-        moved = gg.compare(remembered, alone, **inputs).relative
-        found["alone"] += 1
-        found["alone_difference"] = max(found["alone_difference"], moved)
-    for name in [*apart, *sampled(fits, ZEROS)]:
+    for name, count in reversed(more.items()):
+        together = without(together, name, graph.axes[name].width, count)
+    return more, apart, found | {"back": gap(graph, together)}
+
+
+def alone(
+    remembered: Remembered,
+    graph: gg.Graph,
+    inputs: architectures.Inputs,
+    name: str,
+    count: int | None,
+) -> float:
+    """Return the difference that one axis makes that grows, by what it grew among all others."""
+    units = odd_number(graph)
+    weights = None if count in (None, units) else gg.Copy()
+    wider = gg.apply(graph, gg.Widen(name, count or units, weights=weights), verify=False).graph
+    return gg.compare(remembered, wider, **inputs).relative
+
+
+def among(graph: gg.Graph, name: str) -> float | None:
+    """Return the gap that zero units before the others leave when they are gone; None: refused."""
+    units = odd_number(graph)
+    try:
         zeros = gg.Widen(name, units, 0, gg.ZeroIncoming())
-        with contextlib.suppress(gg.NotApplicable):
-            among = gg.apply(graph, zeros, verify=False).graph
-            same = gap(graph, back(graph, among, {name: units}, at_end=False))
-            found["zeros"] += 1
-            found["back"] = max(found["back"], same)
-    if difference(found) > ROUNDED:
-        found["rounding"] = gg.compare(model, Nudged(model), **inputs).relative
-    return found
+        wider = gg.apply(graph, zeros, verify=False).graph
+        return gap(graph, without(wider, name, 0, units))
+    except gg.NotApplicable:
+        return None
+
+
+def without(grown: gg.Graph, name: str, first: int, count: int) -> gg.Graph:
+    """Return the grown graph without so many units of an axis, from the first on."""
+    removal = gg.Remove(name, tuple(range(first, first + count)))
+    return gg.apply(grown, removal, verify=False).graph
 
 
 def sampled(names: list[str], most: int) -> list[str]:
@@ -331,15 +364,6 @@ def odd_number(graph: gg.Graph) -> int:
     """Return the smallest prime from 3 on that divides no width."""
     widths = [axis.width for axis in graph.axes.values()]
     return next(p for p in (3, 5, 7, 11, 13, 17, 19, 23) if all(w % p for w in widths))
-
-
-def back(before: gg.Graph, grown: gg.Graph, more: dict[str, int], *, at_end: bool) -> gg.Graph:
-    """Return the grown graph without the new units, which are at the end of their axes or first."""
-    for name, units in reversed(more.items()):
-        first = before.axes[name].width if at_end else 0
-        removal = gg.Remove(name, tuple(range(first, first + units)))
-        grown = gg.apply(grown, removal, verify=False).graph
-    return grown
 
 
 def gap(before: gg.Graph, after: gg.Graph) -> float:
@@ -494,7 +518,7 @@ NEVER = (
 
 def difference(found: Found) -> float:
     """Return the largest relative difference of the outputs after widening."""
-    return max(found.get("together", 0.0), found.get("alone_difference", 0.0))
+    return max(found.get(key, 0.0) for key in ("traced", "together", "alone_difference"))
 
 
 def exactness(found: Found) -> str:

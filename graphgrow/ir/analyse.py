@@ -145,6 +145,10 @@ class Analysis:
         """Return the steps that read or compute values in which an axis takes part."""
         return self._touching.get(axis, ())
 
+    def tensors(self, axis: str) -> tuple[str, ...]:
+        """Return the parameters and buffers in which an axis takes part, by their first paths."""
+        return self._tensors.get(axis, ())
+
     def windows(self, step: Step, axis: str) -> tuple[Window, ...]:
         """Return the windows that a step takes over units of an axis, and what is beside them."""
         dims = self.values[step.outputs[0]] if step.windows else ()
@@ -156,7 +160,7 @@ class Analysis:
         """Return the analysis with other widths, and other `numbers` that nodes compute."""
         axes = {name: replace(axis, width=widths[name]) for name, axis in self.axes.items()}
         made = replace(self, axes=axes, nodes={**self.nodes, **numbers}, current=False)
-        made.__dict__["_touching"] = self._touching
+        made.__dict__.update(_touching=self._touching, _tensors=self._tensors)
         return made
 
     @cached_property
@@ -172,6 +176,15 @@ class Analysis:
             for axis in dict.fromkeys(a for number in values for a in axes.get(number, ())):
                 found.setdefault(axis, []).append(step)
         return {axis: tuple(steps) for axis, steps in found.items()}
+
+    @cached_property
+    def _tensors(self) -> dict[str, tuple[str, ...]]:
+        """The first paths of tensors by axis; widths do not matter for it."""
+        found: dict[str, dict[str, None]] = {}
+        for path in dict.fromkeys(self.tied.values()):
+            for axis in (axis for dim in self.state[path] for axis in dim.axes()):
+                found.setdefault(axis, {})[path] = None
+        return {axis: tuple(paths) for axis, paths in found.items()}
 
     @cached_property
     def _widths(self) -> dict[str, int]:

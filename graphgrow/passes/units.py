@@ -41,9 +41,9 @@ class Resized:
         layouts = self.analysis.state[path]
         return [d for d, layout in enumerate(layouts) if self.axis in layout.axes()]
 
-    def paths(self) -> list[str]:
+    def paths(self) -> tuple[str, ...]:
         """Return the tensors that the edit changes, tied ones by their first path."""
-        return [path for path in dict.fromkeys(self.analysis.tied.values()) if self.dims(path)]
+        return self.analysis.tensors(self.axis)
 
     def origin(self, path: str) -> TensorOrigin:
         """Return where each entry of a changed tensor comes from."""
