@@ -22,9 +22,10 @@ from torch import Tensor
 from torch.testing import assert_close
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from graphgrow.ir import layout, rules
+from graphgrow.ir import layout, movements, outcome, reductions, rules
 from graphgrow.ir.layout import ONE, Atom, Layout, Misaligned, freeze, fresh, settle, unify
-from graphgrow.ir.rules import Call, Kind, Outcome, Row, aten, row_of
+from graphgrow.ir.outcome import Call, Kind, Outcome, Row, aten
+from graphgrow.ir.rules import row_of
 
 CLOSE = {"rtol": 1e-10, "atol": 1e-10, "equal_nan": True}
 
@@ -956,7 +957,7 @@ def check_centred(r: Related, axis: str, rng: np.random.Generator) -> None:
         check_mean(r, axis, int(rng.integers(1, 4)))
 
 
-def check_windows(r: Related, window: rules.Window, unit: int, rng: np.random.Generator) -> None:
+def check_windows(r: Related, window: outcome.Window, unit: int, rng: np.random.Generator) -> None:
     """Zeros at the ends change nothing; a unit changes those that have it in their windows."""
     x, d, width = r.tensors[0], window.dim, r.tensors[0].shape[window.dim]
     ends = [x.narrow(d, 0, 1).expand(*x.shape[:d], n, *x.shape[d + 1 :]) for n in (1, 2)]
@@ -1516,7 +1517,7 @@ def test_every_relation_is_written_down() -> None:
 
 def cat_backwards(c: Call) -> Outcome:
     """As cat, with the pieces in the wrong order."""
-    (dims,) = rules.cat(c).outs
+    (dims,) = movements.cat(c).outs
     at = c.arg(1, "dim", 0) % len(dims)
     return Outcome([[tuple(reversed(p)) if d == at else p for d, p in enumerate(dims)]])
 
@@ -1541,7 +1542,7 @@ def shuffle_in_place(c: Call) -> Outcome:
 
 def layer_norm_free(c: Call) -> Outcome:
     """As layer_norm, with nothing frozen."""
-    return Outcome([list(c.of(c.args[0])), *(rules._frozen(o) for o in c.outs[1:])])
+    return Outcome([list(c.of(c.args[0])), *(outcome.all_computed(o) for o in c.outs[1:])])
 
 
 def group_norm_free(c: Call) -> Outcome:
@@ -1552,13 +1553,13 @@ def group_norm_free(c: Call) -> Outcome:
     dims = c.of(c.args[0])
     for parts in (dims[0], *dims[2:]):
         freeze(parts, "is left out of what is wrong here")
-    return Outcome([list(dims), *(rules._frozen(o) for o in c.outs[1:])])
+    return Outcome([list(dims), *(outcome.all_computed(o) for o in c.outs[1:])])
 
 
 def batch_norm_untied(c: Call) -> Outcome:
     """As a batch norm, with a bias of its own."""
     wrong = replace_call(c, args=(*c.args[:2], None, *c.args[3:]))
-    return rules.batch_norm(wrong)
+    return reductions.batch_norm(wrong)
 
 
 def replace_call(c: Call, args: tuple[Any, ...]) -> Call:
@@ -1569,50 +1570,50 @@ def convolution_untied(c: Call) -> Outcome:
     """As a grouped convolution whose output's groups are not the input's."""
     x, w = c.args[:2]
     groups = c.args[8]
-    right = rules.convolution(replace_call(c, (x, w, *c.args[2:8], groups)))
+    right = reductions.convolution(replace_call(c, (x, w, *c.args[2:8], groups)))
     out = [right.outs[0][0], fresh(c.outs[0].shape[1]), *right.outs[0][2:]]
     return replace(right, outs=[out])
 
 
 def transposed_swapped(c: Call) -> Outcome:
     """As a convolution that takes every weight for one that is not transposed."""
-    return rules.convolution(replace_call(c, (*c.args[:6], False, *c.args[7:])))
+    return reductions.convolution(replace_call(c, (*c.args[:6], False, *c.args[7:])))
 
 
 def border_unseen(c: Call) -> Outcome:
     """As a convolution that never pads."""
-    return replace(rules.convolution(c), border=False)
+    return replace(reductions.convolution(c), border=False)
 
 
 def addmm_unscaled(c: Call) -> Outcome:
     """As addmm, taken for a product that is not scaled."""
-    return rules._product(c, 1, 0)
+    return reductions._product(c, 1, 0)
 
 
 def linear_unpaired(c: Call) -> Outcome:
     """As linear, with the columns of the weight not tied to the input's features."""
     x, w = c.args[:2]
     over = (
-        rules.Contracted(0, x.dim() - 1, c.of(x)[-1]),
-        rules.Contracted(1, 1, c.of(x)[-1]),
+        outcome.Contracted(0, x.dim() - 1, c.of(x)[-1]),
+        outcome.Contracted(1, 1, c.of(x)[-1]),
     )
     return Outcome([[*c.of(x)[:-1], c.of(w)[0]]], over)
 
 
 def unbiased(c: Call) -> Outcome:
     """As linear, with the bias in the input's place."""
-    right = rules.linear(c)
+    right = reductions.linear(c)
     return right if right.bias is None else replace(right, bias=1)
 
 
 def borders_uncounted(c: Call) -> Outcome:
     """As an average, its divisor taken for the same at the border."""
-    return rules.averaged(replace_call(c, c.args[:4]))
+    return reductions.averaged(replace_call(c, c.args[:4]))
 
 
 def windows_unseen(c: Call) -> Outcome:
     """As an average that leaves units apart."""
-    return replace(rules.averaged(c), windows=())
+    return replace(reductions.averaged(c), windows=())
 
 
 def flattened(c: Call) -> Outcome:
@@ -1627,7 +1628,7 @@ def row_like(name: str, **facets: Any) -> Row:
 MUTANTS: dict[str, tuple[str, Row]] = {
     "pieces in the wrong order": ("cat", row_like("cat", relate=cat_backwards)),
     "softmax as pointwise": ("_softmax", rules.POINTWISE),
-    "a largest that mixes nothing": ("amax", row_like("amax", relate=rules.sum_)),
+    "a largest that mixes nothing": ("amax", row_like("amax", relate=reductions.sum_)),
     "cumsum as pointwise": ("cumsum", rules.POINTWISE),
     "sort as pointwise": ("sort", rules.POINTWISE),
     "gates of other units": ("glu", row_like("glu", relate=glu_untied)),
@@ -1672,14 +1673,14 @@ MUTANTS: dict[str, tuple[str, Row]] = {
     "products are homogeneous": ("scatter_reduce", row_like("scatter_reduce", homogeneous=True)),
     "products of rows as well": ("index_reduce", row_like("index_reduce", homogeneous=True)),
     "writing keeps zero": ("index_put", row_like("index_put", keeps="zero")),
-    "rows added that stay free": ("index_add", row_like("index_add", relate=rules.same)),
-    "exp keeps zero": ("exp", Row(rules.broadcast, Kind.SEPARATE, "zero")),
+    "rows added that stay free": ("index_add", row_like("index_add", relate=movements.same)),
+    "exp keeps zero": ("exp", Row(movements.broadcast, Kind.SEPARATE, "zero")),
     "relu is odd": ("relu", row_like("relu", odd=True)),
     "tanh is homogeneous": ("tanh", row_like("tanh", homogeneous=True)),
     "clone is a new tensor": ("clone", row_like("clone", kind=Kind.FILL)),
     "arange as a free axis": ("arange", rules.FILL),
-    "indices that stay free": ("flip", row_like("flip", relate=rules.same)),
-    "a swap that is none": ("transpose", row_like("transpose", relate=rules.same)),
+    "indices that stay free": ("flip", row_like("flip", relate=movements.same)),
+    "a swap that is none": ("transpose", row_like("transpose", relate=movements.same)),
 }
 BUILDS_OF_MUTANTS: dict[str, Build] = {**BUILDS, "exp": unary}
 

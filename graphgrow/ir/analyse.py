@@ -24,20 +24,9 @@ from graphgrow.ir import layout
 from graphgrow.ir.assemble import assemble
 from graphgrow.ir.attributes import fixed
 from graphgrow.ir.layout import ONE, Atom, Composition, Layout, Misaligned, freeze, fresh, settle
+from graphgrow.ir.outcome import KERNEL, OVER, SPATIAL, Call, Dims, Kind, Outcome, Row, Window
 from graphgrow.ir.rows import RowInterpreter
-from graphgrow.ir.rules import (
-    KERNEL,
-    OVER,
-    SPATIAL,
-    TAKEN_APART,
-    Call,
-    Dims,
-    Kind,
-    Outcome,
-    Row,
-    Window,
-    row_of,
-)
+from graphgrow.ir.rules import TAKEN_APART, row_of
 
 
 @dataclass(frozen=True)

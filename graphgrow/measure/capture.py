@@ -16,8 +16,9 @@ from torch.utils._pytree import tree_map
 from graphgrow.dispatch import Dispatch
 from graphgrow.ir.assemble import assemble
 from graphgrow.ir.graph import Graph
+from graphgrow.ir.outcome import Kind
 from graphgrow.ir.rows import RowInterpreter
-from graphgrow.ir.rules import Kind, row_of
+from graphgrow.ir.rules import row_of
 from graphgrow.measure.routes import Mix, Product
 
 Attended = Mapping[Mix, list[Tensor]]

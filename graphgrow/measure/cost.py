@@ -12,7 +12,7 @@ from torch import nn
 from graphgrow.ir.analyse import Step
 from graphgrow.ir.graph import Graph
 from graphgrow.ir.lower import lower
-from graphgrow.ir.rules import Kind, aten
+from graphgrow.ir.outcome import Kind, aten
 
 Widths = Mapping[str, int]
 

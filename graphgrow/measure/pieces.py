@@ -11,7 +11,7 @@ from torch import Tensor
 
 from graphgrow.ir.analyse import Step
 from graphgrow.ir.graph import Graph
-from graphgrow.ir.rules import Kind
+from graphgrow.ir.outcome import Kind
 from graphgrow.measure.correlate import Correlation, read_sums, wanted_sums
 from graphgrow.measure.distances import Along, among_patches, lines, outputs, through_units
 from graphgrow.measure.image import Image

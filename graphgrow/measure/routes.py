@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map
 from graphgrow.errors import NotApplicable
 from graphgrow.ir.analyse import Analysis, Axis, Slot, Step
 from graphgrow.ir.graph import Graph
-from graphgrow.ir.rules import Kind, aten
+from graphgrow.ir.outcome import Kind, aten
 from graphgrow.measure.patches import Pool, Window, centred, in_place
 
 

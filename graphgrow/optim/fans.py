@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from graphgrow.ir.analyse import ParameterDim, Step
 from graphgrow.ir.graph import Graph
-from graphgrow.ir.rules import Kind
+from graphgrow.ir.outcome import Kind
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from graphgrow.ir.analyse import Slot, Step
 from graphgrow.ir.layout import Layout
-from graphgrow.ir.rules import Kind, aten
+from graphgrow.ir.outcome import Kind, aten
 from graphgrow.passes.content import Arrival, Content
 from graphgrow.passes.follow import OVER_UNITS_ALONE, SUMS, Follower, place
 

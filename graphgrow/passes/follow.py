@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from graphgrow.ir.analyse import Analysis, ParameterDim, Slot, Source, Step
-from graphgrow.ir.rules import Kind, Window, aten
+from graphgrow.ir.outcome import Kind, Window, aten
 from graphgrow.passes.content import CONSTANT, Arrival, Content, Reduction
 from graphgrow.passes.likeness import close, likeness
 from graphgrow.passes.mixtures import MEAN, Mixtures

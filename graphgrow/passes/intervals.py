@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from graphgrow.ir.rules import Kind, Row, aten
+from graphgrow.ir.outcome import Kind, Row, aten
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from graphgrow.ir.analyse import ParameterDim, Source, Step
-from graphgrow.ir.rules import Kind, aten
+from graphgrow.ir.outcome import Kind, aten
 from graphgrow.passes.units import Resized
 
 MEAN = -2  # the code of the plain mean; those below are means with weights

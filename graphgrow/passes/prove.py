@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from graphgrow.ir.analyse import ParameterDim, Step
-from graphgrow.ir.rules import Kind, aten
+from graphgrow.ir.outcome import Kind, aten
 from graphgrow.passes.content import Arrival, Reduction
 from graphgrow.passes.factors import Compensation, compensated, repeats
 from graphgrow.passes.follow import Follower

@@ -15,7 +15,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from graphgrow.dispatch import Dispatch
 from graphgrow.ir.analyse import Analysis, Step, run_watched, with_own_buffers, written
 from graphgrow.ir.graph import Graph
-from graphgrow.ir.rules import aten, row_of
+from graphgrow.ir.outcome import aten
+from graphgrow.ir.rules import row_of
 from graphgrow.passes.intervals import BOUNDED, Operation, Range, anything, point, through
 
 Box = tuple[float, float]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from graphgrow.errors import NotApplicable
 from graphgrow.ir.analyse import ParameterDim, Slot
-from graphgrow.ir.rules import Kind
+from graphgrow.ir.outcome import Kind
 from graphgrow.passes.follow import SUMS, Follower
 from graphgrow.passes.mixtures import scales, weights_before
 from graphgrow.passes.standard import standards

@@ -65,7 +65,7 @@ class Widen(Rewrite):
     def _schemes(self, axis: Axis, analysis: Analysis) -> tuple[Scheme, ...]:
         if self.weights is not None:
             return (self.weights,)
-        if any(axis.name in step.mixed for step in analysis.steps):
+        if any(axis.name in step.mixed for step in analysis.touching(axis.name)):
             return (MeanFill(), Copy())
         if is_averaged(analysis, axis.name):
             return (ZeroIncoming(), MeanFill(), Copy())

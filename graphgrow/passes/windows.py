@@ -11,7 +11,7 @@ import numpy as np
 
 from graphgrow.ir.analyse import Step
 from graphgrow.ir.layout import Layout
-from graphgrow.ir.rules import Window, aten
+from graphgrow.ir.outcome import Window, aten
 from graphgrow.passes.units import Resized
 
 

@@ -18,7 +18,7 @@ from torch.nn.modules.conv import _ConvNd
 from graphgrow.errors import NotApplicable
 from graphgrow.ir.analyse import ParameterDim, Slot
 from graphgrow.ir.graph import Graph
-from graphgrow.ir.rules import Kind
+from graphgrow.ir.outcome import Kind
 from graphgrow.measure.routes import Product
 from graphgrow.measure.sample import Sample, reading, uses_of
 from graphgrow.measure.trial import Trial, by_candidate

@@ -17,7 +17,7 @@ from torch import Tensor
 from graphgrow.errors import NotApplicable
 from graphgrow.ir.analyse import Axis, ParameterDim, Slot
 from graphgrow.ir.graph import Graph
-from graphgrow.ir.rules import Kind, aten
+from graphgrow.ir.outcome import Kind, aten
 from graphgrow.measure.replica import Replica, doubled
 from graphgrow.measure.routes import Product, products
 from graphgrow.measure.segment import boundary, surface, twice

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from graphgrow.ir.analyse import ParameterDim, Slot, Step
 from graphgrow.ir.graph import Graph
-from graphgrow.ir.rules import Kind
+from graphgrow.ir.outcome import Kind
 from graphgrow.measure.cost import flops, parameters
 from graphgrow.measure.patches import tap
 from graphgrow.measure.routes import products

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from graphgrow.ir.analyse import Axis, ParameterDim
 from graphgrow.ir.graph import Graph
-from graphgrow.ir.rules import Kind
+from graphgrow.ir.outcome import Kind
 from graphgrow.passes.units import Resized
 
 

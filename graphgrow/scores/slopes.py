@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from graphgrow.ir.analyse import ParameterDim, Slot, Step
-from graphgrow.ir.rules import Kind
+from graphgrow.ir.outcome import Kind
 from graphgrow.measure.routes import Route
 from graphgrow.passes.follow import Follower
 
