@@ -1616,7 +1616,7 @@ class GraphAttention(nn.Module):
 @case(
     (5, 3),
     "v[1](4)",
-    fixed={"v[0]": "does not pass on the factor by which 5 units change what is averaged"},
+    fixed={"v[0]": "does not pass on the factor by which 3 units change what is averaged"},
 )
 class AveragedHeads(GraphAttention):
     """The heads' sums are averaged, and a bias is added: only copies of all heads keep the mean."""

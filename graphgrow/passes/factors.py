@@ -164,7 +164,7 @@ class _Walk:
 
     def _blocked(self, step: Step) -> _Blocked:
         return _Blocked(
-            f"{step.where} does not pass on the factor by which {len(self.follower.resized.units)} "
+            f"{step.where} does not pass on the factor by which {len(self.follower.resized.new)} "
             f"units change what is averaged over them ({step.func.overloadpacket.__name__} in "
             f"{step.mode} mode)"
         )
