@@ -8,17 +8,17 @@ import random
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import cache
 from typing import Any
 
 import numpy
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from graphgrow.dispatch import Dispatch
 from graphgrow.draws import Mean
 from graphgrow.errors import NotEquivalent
-from graphgrow.ir.analyse import written
 from graphgrow.ir.graph import Graph
 from graphgrow.ir.lower import lower
 
@@ -170,13 +170,21 @@ class _Kept(Dispatch):
         return func(*args, **named)
 
 
-def _at_risk(func: Any, args: tuple[Any, ...], named: dict[str, Any]) -> list[Tensor]:
-    """Return what an operator writes in place, and statistics: norms write them unsaid."""
-    places = {a.name: i for i, a in enumerate(func._schema.arguments)}
-    unsaid = ("running_mean", "running_var")
-    found = [args[places[n]] for n in unsaid if places.get(n, len(args)) < len(args)]
-    found += written(func, args, named) if func._schema.is_mutable else []
-    return [*found, *(named[n] for n in unsaid if n in named)]
+def _at_risk(func: Any, args: tuple[Any, ...], named: dict[str, Any]) -> list[Any]:
+    """Return what an operator may write to."""
+    given = [args[i] if i < len(args) else named.get(name) for i, name in _written(func)]
+    return tree_leaves(given) if given else given
+
+
+@cache
+def _written(func: Any) -> list[tuple[int, str]]:
+    """Return the arguments that an operator writes, and statistics: norms do not say it of them."""
+    return [
+        (i, argument.name)
+        for i, argument in enumerate(func._schema.arguments)
+        if (argument.alias_info is not None and argument.alias_info.is_write)
+        or argument.name in ("running_mean", "running_var")
+    ]
 
 
 def _storage(value: Any) -> int | None:

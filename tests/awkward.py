@@ -1659,3 +1659,22 @@ class MaskedRows(nn.Module):
         h = self.a(x)
         h[x[:, 0] > 0] = h[0] * 2
         return self.o(h)
+
+
+@case((2, 5, 3), "e(6) f(8)")
+class ReadBeforeNorms(nn.Module):
+    """A stream under LayerNorm that is also read as it is, and behind a ReLU, by zero columns."""
+
+    def __init__(self):
+        super().__init__()
+        self.e = nn.Linear(3, 6)
+        self.n = nn.LayerNorm(6)
+        self.f = nn.Linear(6, 8)
+        self.g = nn.Linear(8, 6)
+        self.o = nn.Linear(6, 2)
+        self.p = nn.Linear(6, 2)
+
+    def forward(self, x):
+        x = self.e(x)
+        x = x + self.g(self.f(self.n(x)).relu())
+        return self.o(x) + self.p(x.relu())

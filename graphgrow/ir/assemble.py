@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MethodType
@@ -85,6 +86,8 @@ def shell(template: nn.Module, *, keep_class: bool) -> nn.Module:
 
 def _unshared(value: Any) -> Any:
     """Return `value`, copied one level deep where it is a table that could be written to."""
+    if type(value) in (list, dict, OrderedDict, set):  # a module has a dozen, so without ado
+        return value.copy()
     return copy.copy(value) if isinstance(value, (list, dict, set)) else value
 
 
@@ -142,12 +145,16 @@ def _redirect_attributes(module: nn.Module, fresh: _Fresh) -> None:
 
 def _moved(value: Any, fresh: _Fresh) -> Any:
     """Return `value` with what it refers to replaced, or `value` itself if nothing is."""
+    if value is None or isinstance(value, (bool, int, float, str)):  # most are, so first
+        return value
     if isinstance(value, _Own):
         return fresh.get(value, value)
     if id(value) in fresh:
         return fresh[id(value)]
     if isinstance(value, MethodType) and id(value.__self__) in fresh:
         return MethodType(value.__func__, fresh[id(value.__self__)])
+    if isinstance(value, (list, tuple, dict)) and not value:
+        return value
     if type(value) is list or type(value) is tuple:
         items = [_moved(item, fresh) for item in value]
         return value if _same(items, value) else type(value)(items)

@@ -161,7 +161,8 @@ class MeanFill:
     """New units are the mean of the old ones, as norms over units ask for.
 
     All that writes them gets the mean over the old units, biases, embeddings and position tables
-    too; outgoing weights are drawn. Norms leave nothing of new units, and their biases add nothing.
+    too. Norms leave nothing of new units, and their biases add nothing, so that outgoing weights
+    behind them are drawn; those that read a mean as it is are zero.
     The spread falls as the width grows: the proof has what follows it, norm weights and eps. Copies
     of one mean learn differently, because what reads them differs.
 
@@ -338,8 +339,10 @@ class _Fill:
         return torch.from_numpy(weights_before(old, self._read(at, self.resized.new)))
 
     def quiet(self) -> None:
-        """Let the biases that are added to new units of a norm's output be zero."""
-        self.zero(Follower(self.resized, {**self.state, **self.tensors}).run().silent())
+        """Let what is added to new units behind norms be zero, and what reads them before any."""
+        follower = Follower(self.resized, {**self.state, **self.tensors}).run()
+        read = [a.weight for a in follower.arrivals if not a.content.constant().all()]
+        self.zero([*follower.silent(), *(at for at in read if at is not None)])
 
     def part_zero(self, path: str, counted_by: str, part: int) -> None:
         """Make one of the parts of a parameter's new rows zero, and of their bias."""
