@@ -150,15 +150,19 @@ def _filled(
     choices: list[Scheme] = [scheme]
     if isinstance(scheme, ZeroIncoming) and scheme.paths is None and scheme.constant is None:
         choices += [replace(scheme, constant=0.0), replace(scheme, constant=1.0)]
-    tried = []
+    found: tuple[dict[str, Tensor], Verdict] | None = None
     for choice in choices:
         tensors = choice.fill(change, state)
         verdict = judge(Follower(change, {**state, **tensors}).run(), state)
-        tried.append((tensors, verdict))
-        if verdict.reason is None and not verdict.dead and not verdict.folds:
-            return tried[-1]
-    exact = [found for found in tried if found[1].reason is None]
-    return exact[-1] if exact else tried[0]
+        if verdict.reason is None:
+            found = tensors, verdict
+            if not verdict.dead and not verdict.folds:
+                break
+        elif found is None:  # nothing to build with, and as large as the model
+            found = {}, verdict
+        del tensors
+    assert found is not None
+    return found
 
 
 def _refusal(axis: Axis, units: int, verdict: Verdict, scheme: Scheme) -> str:
