@@ -1074,12 +1074,8 @@ class PosEmbedding(nn.Module):
 
 @case(
     (2, 4),
-    "",
-    fixed={
-        "o.weight.1": "comes out of EmbeddingBag",
-        "e.weight.0": "is fixed by the attributes of EmbeddingBag",
-        "e.weight.1": "is fixed by the attributes of EmbeddingBag",
-    },
+    "e(6)",
+    fixed={"e.weight.0": "is indexed by a tensor"},
     words=7,
 )
 class EmbeddingBag(nn.Module):
@@ -1326,7 +1322,7 @@ class WhereOp(nn.Module):
         return self.o(torch.where(p > 0, p, q))
 
 
-@case((2, 6), "h(5)", fixed={"a": "cannot be followed through", "h.weight.1": "comes out of"})
+@case((2, 6), "h(5)", fixed={"a": "goes into 'fft_r2c', which mixes its units"})
 class FftMix(nn.Module):
     def __init__(self):
         super().__init__()
@@ -1678,3 +1674,92 @@ class ReadBeforeNorms(nn.Module):
         x = self.e(x)
         x = x + self.g(self.f(self.n(x)).relu())
         return self.o(x) + self.p(x.relu())
+
+
+@case(
+    (2, 5, 6),
+    "q[0](3) q[1](2) v[1](4)",
+    fixed={
+        "q[2]": "is the real and the imaginary part of a number",
+        "k[2]": "is the real and the imaginary part of a number",
+        "turns.0": "is space that 'triu' goes over",
+    },
+)
+class ComplexRotation(nn.Module):
+    """Queries and keys are rotated as complex numbers; a new pair of features turns anyhow."""
+
+    def __init__(self):
+        super().__init__()
+        self.q = nn.Linear(6, 12)
+        self.k = nn.Linear(6, 12)
+        self.v = nn.Linear(6, 12)
+        self.o = nn.Linear(12, 2)
+        angles = torch.outer(torch.arange(5.0), torch.tensor([1.0, 0.1]))
+        self.register_buffer("turns", torch.polar(torch.ones_like(angles), angles))
+
+    def turned(self, x):
+        pairs = torch.view_as_complex(x.unflatten(-1, (3, -1)).unflatten(-1, (-1, 2)))
+        return torch.view_as_real(pairs * self.turns[:, None]).flatten(3).transpose(1, 2)
+
+    def forward(self, x):
+        hidden = torch.triu(x.new_full((5, 5), float("-inf")), diagonal=1)
+        scores = self.turned(self.q(x)) @ self.turned(self.k(x)).mT / 2 + hidden
+        v = self.v(x).unflatten(-1, (3, -1)).transpose(1, 2)
+        return self.o((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+@case((2, 3, 8), "i(4) w(4)")
+class FourierLayer(nn.Module):
+    """Low frequencies are mixed by complex weights, and come back beside a skip."""
+
+    def __init__(self):
+        super().__init__()
+        self.i = nn.Conv1d(3, 4, 1)
+        self.w = nn.Parameter(torch.randn(4, 4, 3, dtype=torch.complex128))
+        self.s = nn.Conv1d(4, 4, 1)
+        self.o = nn.Conv1d(4, 2, 1)
+
+    def forward(self, x):
+        x = self.i(x)
+        low = torch.fft.rfft(x)[..., :3]
+        y = torch.fft.irfft(torch.einsum("bim,iom->bom", low, self.w), n=8)
+        return self.o((y + self.s(x)).tanh())
+
+
+@case((2, 3, 4, 4), "i(5)", fixed={"f.3": "is the real and the imaginary part of a number"})
+class GlobalFilter(nn.Module):
+    """Each channel's frequencies are scaled by complex numbers, kept as pairs of real ones."""
+
+    def __init__(self):
+        super().__init__()
+        self.i = nn.Conv2d(3, 5, 1)
+        self.f = nn.Parameter(torch.randn(5, 4, 3, 2))
+        self.o = nn.Conv2d(5, 2, 1)
+
+    def forward(self, x):
+        x = self.i(x)
+        y = torch.fft.rfft2(x, norm="ortho") * torch.view_as_complex(self.f)
+        return self.o(torch.fft.irfft2(y, s=(4, 4), norm="ortho") + x)
+
+
+@case((2, 3, 4, 4), "i(5)")
+class FoldedPatches(nn.Module):
+    """Patches are taken apart, changed and laid together again."""
+
+    def __init__(self):
+        super().__init__()
+        self.i = nn.Conv2d(3, 5, 1)
+        self.u = nn.Unfold(2, stride=2)
+        self.f = nn.Fold((4, 4), 2, stride=2)
+        self.o = nn.Conv2d(5, 2, 1)
+
+    def forward(self, x):
+        x = self.i(x)
+        return self.o(self.f(self.u(x).tanh()) + x)
+
+
+@case((2, 4), "", fixed={"e.weight.0": "is indexed", "e": "the largest of some rows"}, words=7)
+class LargestOfWords(EmbeddingBag):
+    def __init__(self):
+        super().__init__()
+        self.e.mode = "max"

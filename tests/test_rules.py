@@ -48,10 +48,13 @@ class Entry:
             return torch.randint(2, self.shape, generator=generator).bool()
         if self.kind == "certain":
             return torch.randint(2, self.shape, generator=generator).double()
+        if self.kind == "start":
+            return torch.zeros(self.shape, dtype=torch.long)
         if self.kind == "lengths":
             drawn = torch.randint(1, self.high + 1, self.shape, generator=generator)
             return drawn.sort(descending=True).values
-        drawn = torch.randn(self.shape, generator=generator, dtype=torch.double)
+        dtype = torch.complex128 if self.kind == "complex" else torch.double
+        drawn = torch.randn(self.shape, generator=generator, dtype=dtype)
         return drawn.abs() + 0.5 if self.kind == "positive" else drawn
 
 
@@ -137,7 +140,9 @@ def unary(draw: st.DrawFn, name: str) -> Sample:
 
 def copied(draw: st.DrawFn, name: str) -> Sample:
     """A copy; a change of precision is one too."""
-    kwargs = {"dtype": torch.double} if name == "_to_copy" and draw(st.booleans()) else {}
+    dtypes = [None, torch.double, torch.complex128] if name == "_to_copy" else [None]
+    dtype = draw(st.sampled_from(dtypes))
+    kwargs = {} if dtype is None else {"dtype": dtype}
     return replace(unary(draw, name), kwargs=kwargs)
 
 
@@ -462,6 +467,56 @@ def patches(draw: st.DrawFn, name: str) -> Sample:
     return Sample(overload(name), (Entry((n, c, 4, 3)), kernel, [1, 1], padding, stride))
 
 
+def unpatched(draw: st.DrawFn, name: str) -> Sample:
+    n, c, *_ = draw(shapes(2))
+    (a, b) = kernel = draw(st.sampled_from([[1, 2], [2, 2], [3, 1], [1, 1]]))
+    rows, columns = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    entry = Entry((*([n] if draw(st.booleans()) else []), c * a * b, rows * columns))
+    size = [rows + a - 1, columns + b - 1]
+    return Sample(overload(name), (entry, size, kernel, [1, 1], [0, 0], [1, 1]))
+
+
+def conjugated(draw: st.DrawFn, name: str) -> Sample:
+    kind = draw(st.sampled_from(["real", "complex"])) if name.startswith("resolve") else "complex"
+    return Sample(overload(name), (Entry(draw(shapes(0)), kind),), resizable=True)
+
+
+def pairs_seen(draw: st.DrawFn, name: str) -> Sample:
+    shape = draw(shapes(0, 3))
+    if name == "view_as_real":
+        return Sample(overload(name), (Entry(shape, "complex"),), resizable=True)
+    return Sample(overload(name), (Entry((*shape, 2)),), resizable=True)
+
+
+def pairs_made(draw: st.DrawFn, name: str) -> Sample:
+    shape = draw(shapes(0))
+    return Sample(overload(name), (Entry(shape), Entry(narrowed(draw, shape))), resizable=True)
+
+
+def transformed(draw: st.DrawFn, name: str) -> Sample:
+    """A Fourier transform over some dims; real numbers that come back are odd or even in count."""
+    shape = draw(shapes(1, 3))
+    dims = draw(st.permutations(range(len(shape))))[: draw(st.integers(1, len(shape)))]
+    entry = Entry(shape, "real" if name == "_fft_r2c" else "complex")
+    last = {"_fft_c2r": 2 * shape[dims[-1]] - draw(st.integers(1, 2))}.get(name, True)
+    return Sample(overload(name), (entry, list(dims), draw(st.integers(0, 2)), max(last, 1)))
+
+
+def cornered(draw: st.DrawFn, name: str) -> Sample:
+    return Sample(overload(name), (Entry(draw(shapes(2))), draw(st.integers(-1, 1))))
+
+
+def bags(draw: st.DrawFn, name: str) -> Sample:
+    """Rows of a table, in two bags; weights of rows go with sums alone."""
+    rows, count = draw(st.integers(1, 4)), draw(st.integers(1, 4))
+    offsets = Entry((2,), "start")
+    mode = draw(st.integers(0, 2))
+    weights = Entry((count,)) if mode == 0 and draw(st.booleans()) else None
+    table = Entry((rows, draw(st.integers(1, 3))))
+    listed = Entry((count,), "whole", rows)
+    return Sample(overload(name), (table, listed, offsets, False, mode, False, weights))
+
+
 def side(name: str) -> int:
     """Return over how many dims an operator goes, as its name says."""
     return next(n for n in (1, 2, 3) if f"{n}d" in name)
@@ -732,8 +787,8 @@ def counted(draw: st.DrawFn, name: str) -> Sample:
 
 
 SAMPLES: dict[Build, str] = {
-    unary: "relu relu_ leaky_relu leaky_relu_ neg abs tanh tanh_ sin erf atan asinh sinh tan "
-    "softshrink zero_ hardswish hardswish_ log_sigmoid_forward",
+    unary: "relu relu_ leaky_relu leaky_relu_ neg _neg_view abs tanh tanh_ sin erf atan asinh sinh "
+    "tan softshrink zero_ hardswish hardswish_ log_sigmoid_forward",
     copied: "clone _to_copy detach detach_ alias contiguous lift_fresh lift_fresh_copy",
     binary: "add add_ sub sub_ copy_",
     masked: "masked_fill masked_fill_ where",
@@ -768,6 +823,13 @@ SAMPLES: dict[Build, str] = {
     pixels: "pixel_shuffle pixel_unshuffle",
     shuffled: "channel_shuffle native_channel_shuffle",
     patches: "im2col",
+    unpatched: "col2im",
+    conjugated: "_conj _conj_physical resolve_conj resolve_neg",
+    pairs_seen: "view_as_real view_as_complex",
+    pairs_made: "complex polar",
+    transformed: "_fft_r2c _fft_c2r _fft_c2c",
+    cornered: "tril triu",
+    bags: "_embedding_bag _embedding_bag_forward_only",
     windowed: "unfold",
     pooled: "_adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_avg_pool1d adaptive_max_pool2d "
     "adaptive_max_pool3d max_pool2d_with_indices max_pool3d_with_indices avg_pool1d avg_pool2d "
@@ -1009,10 +1071,10 @@ def touched(r: Related, tensor: Tensor, layouts: list[Layout], axis: str, units:
 def changed(
     r: Related, axis: str, unit: int, how: Callable[[int, Tensor], Tensor], real: bool = True
 ) -> list[Tensor]:
-    """Return the inputs with one unit changed in all of them, real numbers only by default."""
+    """Return the inputs with one unit changed in all of them, or in those of numbers alone."""
     return [
         torch.where(touched(r, t, dims, axis, unit), how(i, t), t)
-        if t.is_floating_point() or not real
+        if t.is_floating_point() or t.is_complex() or not real
         else t
         for i, (t, dims) in enumerate(zip(r.tensors, r.inputs, strict=True))
     ]
@@ -1107,9 +1169,9 @@ ADDED = {aten.add, aten.add_, aten.sub, aten.sub_}
 def expect(
     r: Related, axis: str, unit: int, got: list[Tensor], wanted: Callable[[Tensor], Tensor]
 ) -> None:
-    """Assert what one unit holds in those outputs that are real numbers and have the axis."""
+    """Assert what one unit holds in those outputs that are numbers and have the axis."""
     for g, o, dims in zip(got, r.outs, r.outputs, strict=True):
-        if o.is_floating_point():
+        if o.is_floating_point() or o.is_complex():
             mask = touched(r, o, dims, axis, unit)
             agree([g[mask]], [wanted(o)[mask]], f"unit {unit} of {axis}")
 
@@ -1354,6 +1416,21 @@ SAID: tuple[tuple[torch._ops.OpOverload, tuple[Any, ...], str], ...] = (
         "a b c! d! -> a (b e! f!) g!",
     ),
     (aten.unfold.default, (t(2, 5, 3), 1, 2, 1), "a b! c -> a d! c e!"),
+    (
+        aten.col2im.default,
+        (t(2, 12, 12), [4, 5], [2, 2], [1, 1], [0, 0], [1, 1]),
+        "a (b c! d!) e! -> a b f! g!",
+    ),
+    (aten.view_as_real.default, (t(2, 3, kind="complex"),), "a b -> a b c!"),
+    (aten.view_as_complex.default, (t(2, 3, 2),), "a b c! -> a b"),
+    (aten._fft_r2c.default, (t(2, 3, 5), [2], 0, True), "a b c! -> a b d!"),
+    (aten._fft_c2c.default, (t(2, 3, kind="complex"), [1], 0, True), "a b! -> a b!"),
+    (aten.tril.default, (t(2, 3, 4),), "a b! c! -> a b! c!"),
+    (
+        aten._embedding_bag.default,
+        (t(5, 3), t(4, kind="whole"), t(2, kind="start")),
+        "a! b, c!, d! -> e! b, f!, g!, h!",
+    ),
     (aten.avg_pool2d.default, (t(2, 3, 4, 5), [2, 2]), "a b c! d! -> a b e! f!"),
     (aten.avg_pool2d.default, (t(2, 3, 4, 5), [3, 1], [1, 1], [1, 0]), "a b c d -> a b c d"),
     (

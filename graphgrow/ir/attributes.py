@@ -118,7 +118,7 @@ _ROWS: tuple[tuple[type | tuple[type, ...], Callable[[Any, Sizes], dict[str, Any
     ((_NormBase, CapNorm), _norm),
     (nn.GroupNorm, _group_norm),
     (nn.ChannelShuffle, _shuffle),
-    (nn.Embedding, _embedding),
+    ((nn.Embedding, nn.EmbeddingBag), _embedding),
     (nn.PReLU, _prelu),
     ((nn.LayerNorm, nn.RMSNorm), _layer_norm),
     (nn.RNNBase, _recurrent),

@@ -13,6 +13,7 @@ from graphgrow.ir.layout import ONE, Composition, Misaligned, freeze, fresh, uni
 from graphgrow.ir.outcome import (
     KERNEL,
     PADDING,
+    PAIR,
     PIXELS,
     Call,
     Dims,
@@ -71,7 +72,8 @@ def restride(c: Call) -> Outcome:
 
 def convert(c: Call) -> Outcome:
     """Keep the layout; real numbers that are cut to whole ones are other numbers."""
-    if c.args[0].is_floating_point() and not c.outs[0].is_floating_point():
+    before, after = (t.is_floating_point() or t.is_complex() for t in (c.args[0], c.outs[0]))
+    if before and not after:
         raise Misaligned("real numbers are cut to whole ones")
     return same(c)
 
@@ -423,6 +425,29 @@ def im2col(c: Call) -> Outcome:
         freeze(parts, goes_over(c))
     patch = layout.join([c.of(x)[1], *(_kernel(k) for k in kernel)])
     return Outcome([[c.of(x)[0], patch, computed(out.shape[2])]])
+
+
+def col2im(c: Call) -> Outcome:
+    """Add up patches, channels times kernel at positions, where they lie in an image."""
+    x, kernel, out = c.args[0], c.args[2], c.outs[0]
+    *lead, patch, positions = c.of(x)
+    channels, *sides = regroup([patch], [x.shape[-2]], [out.shape[-3], *kernel])
+    for parts in sides:
+        freeze(parts, KERNEL)
+    freeze(positions, goes_over(c))
+    return Outcome([[*lead, channels, *(computed(n) for n in out.shape[-2:])]])
+
+
+def view_as_real(c: Call) -> Outcome:
+    """See each complex number as two real ones, in a new last dim."""
+    return Outcome([[*c.of(c.args[0]), fresh(2, PAIR)]])
+
+
+def view_as_complex(c: Call) -> Outcome:
+    """See the two numbers of the last dim as a complex one."""
+    *kept, pair = c.of(c.args[0])
+    freeze(pair, PAIR)
+    return Outcome([kept])
 
 
 def unfold(c: Call) -> Outcome:

@@ -19,6 +19,7 @@ SPATIAL = "is a size computed by the model"
 OVER = "is normalised over"
 PADDING = "is padding"
 PIXELS = "is the side of a block of pixels"
+PAIR = "is the real and the imaginary part of a number"
 Dims = list[Composition]
 
 

@@ -90,6 +90,23 @@ def sampled(c: Call) -> Outcome:
     return spatial(c)
 
 
+def transformed(c: Call) -> Outcome:
+    """Keep the dims that a Fourier transform does not make frequencies of."""
+    dims, sizes = list(c.of(c.args[0])), c.outs[0].shape
+    for d in c.args[1]:
+        freeze(dims[d], mixes(c))
+        dims[d] = dims[d] if layout.size_of(dims[d]) == sizes[d] else computed(sizes[d])
+    return Outcome([dims])
+
+
+def cornered(c: Call) -> Outcome:
+    """Keep all dims; which entries stay depends on the position in the last two."""
+    dims = list(c.of(c.args[0]))
+    for parts in dims[-2:]:
+        freeze(parts, goes_over(c))
+    return Outcome([dims])
+
+
 def _spatial_dims(c: Call) -> int:
     name = c.func.overloadpacket.__name__
     return int(next(digit for digit in reversed(name.split("_with")[0]) if digit in "123"))
@@ -385,3 +402,18 @@ def embedding(c: Call) -> Outcome:
     freeze(c.of(table)[0], "is indexed by a tensor")
     freeze_positions(c, indices)
     return Outcome([[*c.of(indices), c.of(table)[1]]])
+
+
+def embedding_bag(c: Call) -> Outcome:
+    """Look up rows of a table and add up, or average, those of each bag."""
+    table, *listed = c.args[:3]
+    freeze(c.of(table)[0], "is indexed by a tensor")
+    for positions in [
+        *listed,
+        *([c.args[6]] if c.arg(6, "per_sample_weights") is not None else []),
+    ]:
+        freeze_positions(c, positions)
+    if c.arg(4, "mode", 0) == 2:
+        freeze(c.of(table)[1], "is picked from by the largest of some rows")
+    bags, *rest = c.outs
+    return Outcome([[computed(bags.shape[0]), c.of(table)[1]], *map(all_computed, rest)])

@@ -115,7 +115,7 @@ def products(analysis: Analysis, mode: str) -> dict[int, Product]:
 
 def _product(analysis: Analysis, step: Step) -> Product | None:
     kind, name = step.row.kind, step.func.overloadpacket
-    if kind is Kind.GATHER:
+    if name is aten.embedding:
         source = analysis.sources.get(step.inputs[0])
         return Product(step, source.path, 0, 1) if source and source.dims else None
     if kind is not Kind.CONTRACT:

@@ -25,7 +25,7 @@ from graphgrow.passes.mixtures import MEAN, Mixtures
 from graphgrow.passes.parts import Parts
 from graphgrow.passes.ranges import Ranges
 from graphgrow.passes.standard import standards
-from graphgrow.passes.units import Resized, picked
+from graphgrow.passes.units import Resized, picked, precise
 from graphgrow.passes.windows import disturbance
 
 
@@ -64,7 +64,8 @@ class Follower:
         """Return a parameter's entries by unit of the axis, in double precision."""
         if at not in self._slices:
             raw = self.resized.slices(self.state[at.path], at.path, at.dim)
-            self._slices[at] = raw.double() if raw.is_floating_point() else raw
+            numbers = raw.is_floating_point() or raw.is_complex()
+            self._slices[at] = precise(raw) if numbers else raw
         return self._slices[at]
 
     def _needed(self) -> np.ndarray:
@@ -185,7 +186,7 @@ class Follower:
     def _of_entries(self, entries: Tensor, at: ParameterDim) -> Content:
         """Return what entries by unit are: one number, a multiple of a unit, or their own."""
         mine, like, scale = entries[torch.from_numpy(self.new)], *self.guess
-        uniform = (mine == mine[:, :1]).all(1).numpy()
+        uniform = (mine == mine[:, :1].real).all(1).numpy()
         alike = np.array(
             [
                 like[k] != self.new[k] and scale[k] == 1 and torch.equal(entries[like[k]], mine[k])
@@ -193,7 +194,7 @@ class Follower:
             ],
             dtype=bool,
         )
-        first = mine[:, 0].double().numpy() if mine.shape[1] else np.zeros(len(self.new))
+        first = mine[:, 0].real.double().numpy() if mine.shape[1] else np.zeros(len(self.new))
         code = self._averaged(entries, at)
         mean = code <= MEAN
         return Content(
@@ -904,7 +905,7 @@ def _scales(step: Step, carried: int, scale: float) -> bool:
 def _one_number(entries: Tensor) -> np.ndarray:
     """Return the number that all entries of each unit are, NaN where they differ."""
     same = (entries == entries[:, :1]).all(1)
-    return torch.where(same, entries[:, 0].double(), torch.nan).numpy()
+    return torch.where(same, entries[:, 0].real.double(), torch.nan).numpy()
 
 
 def _masks(step: Step) -> set[int]:

@@ -18,6 +18,8 @@ def likeness(
     precision `eps`; a new unit is like an old one or a new one before it. `asked`, `(new,)`, says
     which are looked at.
     """
+    if incoming.is_complex():
+        incoming = torch.view_as_real(incoming).flatten(1)
     like, scale = new.copy(), np.ones(len(new))
     norms = incoming.norm(dim=1)
     directions = incoming / norms.clamp(min=1e-300)[:, None]

@@ -23,7 +23,7 @@ from graphgrow.passes.prove import Proof, Verdict, judge, old_entries, per_outpu
 from graphgrow.passes.ranges import CLIPS, Box, Ranges, domain, is_bounded, ranges
 from graphgrow.passes.resize import resize
 from graphgrow.passes.rewrite import Edit, Rewrite, free_axes
-from graphgrow.passes.units import Resized, gather, times
+from graphgrow.passes.units import Resized, gather, precise, times
 
 
 @dataclass(frozen=True)
@@ -258,7 +258,7 @@ class _Narrowed:
         if bool((constant != 0).any()):
             self.rounded.add(path)
         bias = self.tensors.get(path, self.graph.state[path]).detach()
-        self.tensors[path] = (bias.double() + constant.to(bias.device)).to(bias.dtype)
+        self.tensors[path] = (precise(bias) + constant.to(bias.device)).to(bias.dtype)
 
 
 class _Capture(fx.Interpreter):

@@ -71,6 +71,11 @@ class Resized:
         return found.reshape(len(places), places.shape[1] * math.prod(found.shape[1:]))
 
 
+def precise(tensor: Tensor) -> Tensor:
+    """Return a tensor's numbers in double precision, complex ones as such."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float64))
+
+
 def picked(tensor: Tensor, places: np.ndarray) -> Tensor:
     """Return some rows of a tensor, without copying where they lie one after the other."""
     first = int(places[0]) if len(places) else 0
@@ -93,7 +98,7 @@ def gather(tensor: Tensor, origin: TensorOrigin) -> Tensor:
 
 def times(tensor: Tensor, factor: float) -> Tensor:
     """Return a tensor multiplied by a number, rounded once."""
-    return (tensor.detach().double() * factor).to(tensor.dtype)
+    return (precise(tensor.detach()) * factor).to(tensor.dtype)
 
 
 def is_new(origin: TensorOrigin, shape: torch.Size) -> Tensor:

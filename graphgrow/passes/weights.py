@@ -21,7 +21,7 @@ from graphgrow.ir.outcome import Kind
 from graphgrow.passes.follow import SUMS, Follower
 from graphgrow.passes.mixtures import scales, weights_before
 from graphgrow.passes.standard import standards
-from graphgrow.passes.units import Resized, resized_state
+from graphgrow.passes.units import Resized, precise, resized_state
 
 
 class Scheme(Protocol):
@@ -243,11 +243,12 @@ class _Fill:
         """Return standard normal numbers that depend on the seed and the parameter alone."""
         seed = zlib.crc32(f"{at.path}:{at.dim}:{self.seed}".encode())
         generator = torch.Generator().manual_seed(seed)
-        return torch.randn(like.shape, generator=generator, dtype=torch.double)
+        dtype = torch.promote_types(like.dtype, torch.double)
+        return torch.randn(like.shape, generator=generator, dtype=dtype)
 
     def _draw(self, at: ParameterDim) -> None:
         old, new = self._read(at, self.resized.old), self._read(at, self.resized.new)
-        size = float(old.double().square().mean().sqrt()) if old.numel() else 0.0
+        size = float(precise(old).abs().square().mean().sqrt()) if old.numel() else 0.0
         self._write(at, self.resized.new, self._drawn(at, new) * (size or new.shape[1] ** -0.5))
 
     def producers(self) -> None:
@@ -259,7 +260,7 @@ class _Fill:
         for at in self.axis.producers:
             self._draw(at)
             new = self._read(at, self.resized.new)
-            signs = torch.where(new.sum(1, keepdim=True) < 0, -1.0, 1.0).to(new)
+            signs = torch.where(new.sum(1, keepdim=True).real < 0, -1.0, 1.0).to(new)
             self._write(at, self.resized.new, new * signs)
 
     def consumers(self) -> None:
@@ -370,9 +371,9 @@ class _Fill:
             for k, source in enumerate(sources):
                 whole = kept_columns[source : source + 1].clone()
                 seed = ParameterDim(f"{at.path}#{k}", at.dim)
-                drawn = self._drawn(seed, whole).abs().clamp(max=2)
+                drawn = self._drawn(seed, whole.real).abs().clamp(max=2)
                 share = torch.full_like(drawn, 0.5) if even else drawn * 0.2 + 0.5
-                kept = (whole.double() * share).to(whole)
+                kept = (precise(whole) * share).to(whole)
                 kept_columns[source], made[k] = kept[0], (whole - kept)[0]
             self._write(at, old, kept_columns)
             self._write(at, new, made)

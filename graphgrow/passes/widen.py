@@ -16,7 +16,7 @@ from graphgrow.passes.follow import Follower, is_averaged
 from graphgrow.passes.prove import Proof, Verdict, judge, rounding
 from graphgrow.passes.resize import resize
 from graphgrow.passes.rewrite import Edit, Rewrite, TensorOrigin, free_axes
-from graphgrow.passes.units import Resized, gather, inserted, is_new, times
+from graphgrow.passes.units import Resized, gather, inserted, is_new, precise, times
 from graphgrow.passes.weights import Copy, MeanFill, Pairs, Scheme, ZeroIncoming, ZeroOutgoing
 
 # packed projections have two parts (keys and values, gates) or three; heads are more
@@ -173,7 +173,7 @@ def _refusal(axis: Axis, units: int, verdict: Verdict, scheme: Scheme) -> str:
 
 
 def _minus(bias: Tensor, constant: Tensor) -> Tensor:
-    return (bias.detach().double() - constant.to(bias.device)).to(bias.dtype)
+    return (precise(bias.detach()) - constant.to(bias.device)).to(bias.dtype)
 
 
 def _with_scale(origin: TensorOrigin, old: Tensor, new: Tensor) -> TensorOrigin:
@@ -182,7 +182,7 @@ def _with_scale(origin: TensorOrigin, old: Tensor, new: Tensor) -> TensorOrigin:
         return origin
     moved = gather(old, origin)
     kept = ~is_new(origin, new.shape).to(new.device)
-    ratio = torch.where(kept & (moved != 0), new.double() / moved.double(), 1.0)
+    ratio = torch.where(kept & (moved != 0), (precise(new) / precise(moved)).real, 1.0)
     return replace(origin, scale=ratio)
 
 
