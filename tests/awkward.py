@@ -1763,3 +1763,42 @@ class LargestOfWords(EmbeddingBag):
     def __init__(self):
         super().__init__()
         self.e.mode = "max"
+
+
+@case((2, 4, 4, 3), "r(5)", fixed={"e": "no copies of each as often as of any other"})
+class MergedPatches(nn.Module):
+    """A norm goes over four neighbours at once, as in Swin: only copies of all units keep it."""
+
+    def __init__(self):
+        super().__init__()
+        self.e = nn.Linear(3, 6)
+        self.n = nn.LayerNorm(24)
+        self.r = nn.Linear(24, 5)
+        self.o = nn.Linear(5, 2)
+
+    def forward(self, x):
+        x = self.e(x)
+        corners = [x[:, i::2, j::2] for i in (0, 1) for j in (0, 1)]
+        return self.o(self.r(self.n(torch.cat(corners, -1))).relu())
+
+
+@case(
+    (2, 5, 6),
+    "q[1](3)",
+    fixed={"q[0]": "no copies of each as often as of any other", "v[1]": "no copies of each as"},
+)
+class NormedHeads(nn.Module):
+    """A norm goes over all features of all heads, which are copied, heads or features, together."""
+
+    def __init__(self):
+        super().__init__()
+        self.q = nn.Linear(6, 6)
+        self.k = nn.Linear(6, 6)
+        self.v = nn.Linear(6, 8)
+        self.n = nn.LayerNorm(8)
+        self.o = nn.Linear(8, 2)
+
+    def forward(self, x):
+        q, k, v = (f(x).unflatten(-1, (2, -1)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        heads = (q @ k.mT).softmax(-1) @ v
+        return self.o(self.n(heads.transpose(1, 2).flatten(2)))

@@ -577,8 +577,10 @@ class _Settled:
 
     def _collect_roles(self) -> None:
         for step, outcome in self.watch.steps:
-            if [len(term) for term in layout.expand(outcome.mixed)] != [1]:
-                freeze(outcome.mixed, f"is normalised together with other axes by {step.where}")
+            # units that are not in all of what is compared would weigh more as they get more
+            shared = set.intersection(*map(set, layout.expand(outcome.mixed)))
+            others = [(atom,) for atom in layout.leaves(outcome.mixed) if atom not in shared]
+            freeze(tuple(others), f"is normalised together with other axes by {step.where}")
             if not step.inputs or step.inputs[0] not in self.watch.sources:
                 freeze(outcome.standardised, OVER)
             for slot, number in enumerate(step.inputs):

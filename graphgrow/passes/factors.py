@@ -22,7 +22,7 @@ from graphgrow.ir.analyse import Slot, Step
 from graphgrow.ir.layout import Layout
 from graphgrow.ir.outcome import Kind, aten
 from graphgrow.passes.content import Arrival, Content
-from graphgrow.passes.follow import OVER_UNITS_ALONE, SUMS, Follower, place
+from graphgrow.passes.follow import SUMS, Follower, place
 
 UNKNOWN = float("nan")
 
@@ -114,11 +114,11 @@ class _Walk:
         step, content = arrival.step, arrival.content
         new, old = len(self.follower.resized.units), len(self.follower.old)
         if step.row.kind is Kind.CENTER:
-            if content.mean().all() and step.func.overloadpacket in OVER_UNITS_ALONE:
+            alone = self.follower.goes_over_alone(step)
+            if content.mean().all() and alone:
                 return _Spread((new / old) ** 0.5, old / new)
             if _even(content, self.follower.old):
                 return _Spread()
-            alone = step.func.overloadpacket in OVER_UNITS_ALONE
             wanted = "neither the mean of the others nor" if alone else "no"
             raise _Blocked(
                 f"{step.where} normalises over units, and new ones are {wanted} copies of each as "

@@ -515,8 +515,7 @@ class Follower:
         held = np.zeros(len(self.new))
         if bias is not None:
             held = _one_number(bias[torch.from_numpy(self.new)])
-        alone = step.func.overloadpacket in OVER_UNITS_ALONE
-        known = alone & content.mean() & ~np.isnan(held)
+        known = self.goes_over_alone(step) & content.mean() & ~np.isnan(held)
         parts = [p for p in (weight, bias) if p is not None]
         copied = self._copied(content, parts)
         return Content(
@@ -525,6 +524,11 @@ class Follower:
             np.where(known, held, 1.0),
             content.slope,
         )
+
+    def goes_over_alone(self, step: Step) -> bool:
+        """Return whether a norm's statistics go over the units at one place, each of them once."""
+        over = self.resized.analysis.values[step.inputs[0]][-1]
+        return step.func.overloadpacket in _OVER_LAST and over.apart() == ((self.axis,),)
 
     def _copied(self, content: Content, parts: list[Tensor]) -> np.ndarray:
         """Return which new units equal another in content and in some per-unit entries."""
@@ -885,8 +889,8 @@ _AVERAGES = {aten.mean, aten.sum, aten._adaptive_avg_pool2d, aten.avg_pool2d}
 _AVERAGES |= {aten.scatter_add, aten.scatter_add_, aten.index_add, aten.index_add_}
 
 
-# norms whose statistics go over the units at one place, and nothing else
-OVER_UNITS_ALONE = {aten.native_layer_norm}
+# norms whose statistics go over the last dim, and nothing else
+_OVER_LAST = {aten.native_layer_norm}
 
 
 def _uniform(entries: Tensor) -> bool:
