@@ -14,11 +14,12 @@ from typing import Any
 import numpy
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from graphgrow.dispatch import Dispatch
 from graphgrow.draws import Mean
 from graphgrow.errors import NotEquivalent
+from graphgrow.ir.analyse import tensors_given, written_arguments
 from graphgrow.ir.graph import Graph
 from graphgrow.ir.lower import lower
 
@@ -164,33 +165,23 @@ class _Kept(Dispatch):
     ) -> Any:
         """Return what `func` returns, if it keeps the tensors as they are."""
         named = {**(kwargs or {})}
-        if any(_storage(tensor) in self.storages for tensor in _at_risk(func, args, named)):
+        if any(_storage(t) in self.storages for t in tensors_given(_at_risk(func), args, named)):
             self.asked_for = True
             raise RuntimeError(f"'{func}' would write to a parameter")
         return func(*args, **named)
 
 
-def _at_risk(func: Any, args: tuple[Any, ...], named: dict[str, Any]) -> list[Any]:
-    """Return what an operator may write to."""
-    given = [args[i] if i < len(args) else named.get(name) for i, name in _written(func)]
-    return tree_leaves(given) if given else given
-
-
 @cache
-def _written(func: Any) -> list[tuple[int, str]]:
-    """Return the arguments that an operator writes, and statistics: norms do not say it of them."""
-    return [
-        (i, argument.name)
-        for i, argument in enumerate(func._schema.arguments)
-        if (argument.alias_info is not None and argument.alias_info.is_write)
-        or argument.name in ("running_mean", "running_var")
-    ]
+def _at_risk(func: Any) -> tuple[tuple[int, str], ...]:
+    """Return the arguments that an operator may write to: norms do not say it of statistics."""
+    names = [argument.name for argument in func._schema.arguments]
+    unsaid = [n for n in ("running_mean", "running_var") if n in names]
+    return (*written_arguments(func), *((names.index(n), n) for n in unsaid))
 
 
-def _storage(value: Any) -> int | None:
-    """Return what tells whether two tensors share memory; None of what is none or has none."""
-    strided = isinstance(value, Tensor) and value.layout is torch.strided
-    return value.untyped_storage()._cdata if strided else None
+def _storage(tensor: Tensor) -> int | None:
+    """Return what tells whether two tensors share memory, None where there is none to share."""
+    return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else None
 
 
 def _precision(double: bool) -> AbstractContextManager[Any]:

@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -516,17 +516,27 @@ def with_own_buffers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
-def written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+def written(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
     """Return the tensors that an operator writes in place, by its schema."""
-    named = list(zip(func._schema.arguments, args, strict=False))
-    named += [(a, kwargs[a.name]) for a in func._schema.arguments if a.name in kwargs]
-    return [
-        t
-        for a, value in named
-        if a.alias_info is not None and a.alias_info.is_write
-        for t in tree_leaves(value)
-        if isinstance(t, Tensor)
-    ]
+    return tensors_given(written_arguments(func), args, kwargs)
+
+
+@cache
+def written_arguments(func: Any) -> tuple[tuple[int, str], ...]:
+    """Return place and name of the arguments that an operator writes in place, by its schema."""
+    return tuple(
+        (i, argument.name)
+        for i, argument in enumerate(func._schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    )
+
+
+def tensors_given(
+    arguments: tuple[tuple[int, str], ...], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> list[Tensor]:
+    """Return the tensors that a call gives for some arguments."""
+    values = [args[i] if i < len(args) else kwargs.get(name) for i, name in arguments]
+    return [t for t in tree_leaves(values) if isinstance(t, Tensor)] if values else []
 
 
 class _Settled:
