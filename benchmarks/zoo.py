@@ -7,7 +7,8 @@ the cache yet, in a process of its own, with random weights, stirred as by train
 inputs, in float64; then writes the table of all that is in the cache. `--again` runs what is in the
 cache once more, `--only-table` nothing. A run that was stopped goes on where it was. Needs
 torchvision, timm, transformers, segmentation_models_pytorch and torch_geometric
-(requirements/zoo.txt); the two largest need more than 23 GB.
+(requirements/zoo.txt); the two largest need 20 GB, with MALLOC_MMAP_THRESHOLD_=1048576 where glibc
+would keep what is freed.
 
 Of each model: every axis without an obstacle is widened by the smallest prime from 3 on that
 divides no width in it, all of them at once, and up to N of them each alone (1000); where that is
@@ -54,7 +55,7 @@ ROUNDED = 1e-10  # a difference above which it is asked what rounding alone does
 SETTLE = 50  # passes in train mode that make running statistics those of the weights
 MOST = 8  # times the parameters of a model, above which an axis is widened alone
 WHOLE = "grows by whole copies only:"
-ANALYSIS_LIMIT, LIMIT = 60, 3600  # seconds of CPU to trace and analyse, and of time for all
+ANALYSIS_LIMIT, LIMIT = 60, 7200  # seconds of CPU to trace and analyse, and of time for all
 
 Found = dict[str, Any]
 
@@ -408,9 +409,10 @@ dims of one, tensors that are never read, and what a softmax goes over, where a 
 its share. Axes that norms or dropout keep from growing count as possible, although some of them are
 not.
 
-*widened*: axes, of all, and by copies; *alone*: of these, each by itself; *zeros*: zero units put
-in and removed;
-*back*: by how much the tensors differ after removing, 0 is bit for bit; *layers*: inserted;
+*recorded*: there is one front end, which records a model once for both modes, or twice where they
+run different code; *widened*: axes, of all, and by copies; *alone*: of these, each by itself;
+*zeros*: zero units put in and removed; *back*: by how much the tensors differ after removing, 0 is
+bit for bit; *layers*: inserted;
 *difference*: of the outputs, the largest of all, relative, in train and eval mode, in brackets what
 the model itself does when its inputs move by two units of rounding, where more than {rounded:.0e};
 not of inserted layers (*deeper*; their factors are inverted, and the proof bounds that); *seconds*:
@@ -424,8 +426,8 @@ of CPU, to trace and analyse; *others*: the numbers of the sentences about the o
 
 ## Models
 
-| model | widened | alone | zeros | back | layers | difference | deeper | seconds | others |
-|---|---|---|---|---|---|---|---|---|---|
+| model | recorded | widened | alone | zeros | back | layers | difference | deeper | seconds | others |
+|---|---|---|---|---|---|---|---|---|---|---|
 {lines}
 """
 
@@ -534,7 +536,8 @@ def line(found: Found, numbers: dict[str, int]) -> str:
         return f"| {found['name']} | {failed} |"
     said = ", ".join(f"{n} × {numbers.get(s, '?')}" for s, n in others(found).most_common())
     return (
-        f"| {found['name']} | {found['widened']} + {found['copied']} of {found['axes']} "
+        f"| {found['name']} | {'once' if found['structures'] == 1 else 'twice'} "
+        f"| {found['widened']} + {found['copied']} of {found['axes']} "
         f"| {found['alone']} "
         f"| {found['zeros']} | {found['back']:.0e} | {found['layers']} | {exactness(found)} "
         f"| {found['deeper']:.0e} | {found['seconds']:.1f} | {said} |"
