@@ -415,7 +415,7 @@ run different code; *widened*: axes, of all, and by copies; *alone*: of these, e
 bit for bit; *layers*: inserted;
 *difference*: of the outputs, the largest of all, relative, in train and eval mode, in brackets what
 the model itself does when its inputs move by two units of rounding, where more than {rounded:.0e};
-not of inserted layers (*deeper*; their factors are inverted, and the proof bounds that); *seconds*:
+not of inserted layers (*deeper*; their factors are inverted, and the proof bounds that); *time*: seconds
 of CPU, to trace and analyse; *others*: the numbers of the sentences about the other axes.
 
 ## Why axes do not widen
@@ -426,7 +426,7 @@ of CPU, to trace and analyse; *others*: the numbers of the sentences about the o
 
 ## Models
 
-| model | recorded | widened | alone | zeros | back | layers | difference | deeper | seconds | others |
+| model | recorded | widened | alone | zeros | back | layers | difference | deeper | time | others |
 |---|---|---|---|---|---|---|---|---|---|---|
 {lines}
 """
