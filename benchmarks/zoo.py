@@ -415,8 +415,8 @@ run different code; *widened*: axes, of all, and by copies; *alone*: of these, e
 bit for bit; *layers*: inserted;
 *difference*: of the outputs, the largest of all, relative, in train and eval mode, in brackets what
 the model itself does when its inputs move by two units of rounding, where more than {rounded:.0e};
-not of inserted layers (*deeper*; their factors are inverted, and the proof bounds that); *time*: seconds
-of CPU, to trace and analyse; *others*: the numbers of the sentences about the other axes.
+not of inserted layers (*deeper*; their factors are inverted, and the proof bounds that); *time*: of
+CPU, seconds to trace and analyse; *others*: the numbers of the sentences about the other axes.
 
 ## Why axes do not widen
 
