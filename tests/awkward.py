@@ -1802,3 +1802,17 @@ class NormedHeads(nn.Module):
         q, k, v = (f(x).unflatten(-1, (2, -1)).transpose(1, 2) for f in (self.q, self.k, self.v))
         heads = (q @ k.mT).softmax(-1) @ v
         return self.o(self.n(heads.transpose(1, 2).flatten(2)))
+
+
+@case((2, 3, 6, 6), "a(4) b(5)")
+class PaddingByName(nn.Module):
+    """Padding by name is one number for all dims to the operator."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Conv2d(3, 4, 3, padding="valid")
+        self.b = nn.Conv2d(4, 5, 3, padding="same")
+        self.o = nn.Conv2d(5, 2, 1)
+
+    def forward(self, x):
+        return self.o(self.b(self.a(x).relu()).relu())

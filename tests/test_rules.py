@@ -724,7 +724,8 @@ def convolved(draw: st.DrawFn, name: str) -> Sample:
     weight = (groups * i, o, *kernel) if transposed else (groups * o, i, *kernel)
     x, bias = Entry((n, groups * i, *[3, 4][:d])), Entry((groups * o,))
     more = [draw(st.integers(0, stride - 1)) if transposed else 0] * d
-    sizes = ([stride] * d, [padding] * d, [1] * d, transposed, more, groups)
+    each = draw(st.sampled_from([1, d]))  # one number may stand for all dims
+    sizes = ([stride] * each, [padding] * each, [1] * d, transposed, more, groups)
     args = (x, Entry(weight), bias if draw(st.booleans()) else None, *sizes)
     flags = (False, False, False, False) if name.startswith("_") else ()
     return Sample(overload(name), (*args, *flags), resizable=groups == 1)

@@ -318,7 +318,8 @@ def _slid(c: Call) -> tuple[list[Composition], list[Window]]:
     Units (as in efficient channel attention) stay where each position has a window around it.
     """
     x, w, kept, windows = c.args[0], c.args[1], list[Composition](), list[Window]()
-    for d, step, pad, apart in zip(range(2, x.dim()), *c.args[3:6], strict=True):
+    sides = (_sides(given, x.dim() - 2) for given in c.args[3:6])
+    for d, step, pad, apart in zip(range(2, x.dim()), *sides, strict=True):
         parts, reach = c.of(x)[d], apart * (w.shape[d] - 1)
         before, inside, after = _unpadded(parts) if reach else (0, parts, 0)
         units = all(atom.frozen is None for atom in layout.leaves(inside))

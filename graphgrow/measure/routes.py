@@ -129,9 +129,9 @@ def _product(analysis: Analysis, step: Step) -> Product | None:
     added = None if step.bias is None else analysis.sources.get(step.inputs[step.bias])
     bias = None if added is None else added.path
     if name in _CONVOLUTIONS and not step.args[6]:
-        window = Window(
-            *(tuple(step.args[i]) for i in (3, 4, 5)), groups=_groups(analysis, step, slot)
-        )
+        space = len(analysis.values[step.inputs[slot]]) - 2  # one number may stand for all dims
+        sides = (tuple(n) * (space if len(n) == 1 else 1) for n in step.args[3:6])
+        window = Window(*sides, groups=_groups(analysis, step, slot))
         return Product(step, source.path, slot, 0, window, bias)
     if name not in _MATRICES or slot != max(slots) or not source.dims or len(source.dims) != 2:
         return None
