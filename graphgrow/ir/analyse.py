@@ -147,7 +147,8 @@ class Analysis:
         self, widths: Mapping[str, int], numbers: Mapping[tuple[str, str], Any]
     ) -> Analysis:
         """Return the analysis with other widths, and other `numbers` that nodes compute."""
-        axes = {name: replace(axis, width=widths[name]) for name, axis in self.axes.items()}
+        changed = {n: w for n, w in widths.items() if w != self.axes[n].width}
+        axes = {**self.axes, **{n: replace(self.axes[n], width=w) for n, w in changed.items()}}
         made = replace(self, axes=axes, nodes={**self.nodes, **numbers}, current=False)
         made.__dict__.update(_touching=self._touching, _tensors=self._tensors)
         return made
