@@ -1816,3 +1816,25 @@ class PaddingByName(nn.Module):
 
     def forward(self, x):
         return self.o(self.b(self.a(x).relu()).relu())
+
+
+@case(
+    (2, 3),
+    "",
+    fixed={
+        "a": "is normalised together with other axes",
+        "b": "is normalised together with other axes",
+    },
+)
+class NormedConcat(nn.Module):
+    """A norm goes over two layers' units: copies of one would outweigh the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(3, 4)
+        self.b = nn.Linear(3, 5)
+        self.n = nn.LayerNorm(9)
+        self.o = nn.Linear(9, 2)
+
+    def forward(self, x):
+        return self.o(self.n(torch.cat([self.a(x), self.b(x)], -1)))
